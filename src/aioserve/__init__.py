@@ -1,0 +1,67 @@
+"""
+Run an ASGI app on a real socket inside the event loop you already have.
+
+    async with serving(app, port=8000) as server:
+        print(server.url)
+        await run_everything_else()
+
+Importing this package costs nothing: each public name is loaded on its first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aioserve._errors import ServerCrashedError as ServerCrashedError
+    from aioserve._errors import ServingError as ServingError
+    from aioserve._errors import ShutdownError as ShutdownError
+    from aioserve._errors import StartupError as StartupError
+    from aioserve._errors import StartupTimeoutError as StartupTimeoutError
+    from aioserve._options import Options as Options
+    from aioserve._server import Server as Server
+    from aioserve._server import Stats as Stats
+    from aioserve._serving import serve as serve
+    from aioserve._serving import serving as serving
+    from aioserve._serving import start as start
+
+__all__ = [
+    "Options",
+    "Server",
+    "ServerCrashedError",
+    "ServingError",
+    "ShutdownError",
+    "StartupError",
+    "StartupTimeoutError",
+    "Stats",
+    "serve",
+    "serving",
+    "start",
+]
+
+_HOME = {
+    "Options": "_options",
+    "Server": "_server",
+    "ServerCrashedError": "_errors",
+    "ServingError": "_errors",
+    "ShutdownError": "_errors",
+    "StartupError": "_errors",
+    "StartupTimeoutError": "_errors",
+    "Stats": "_server",
+    "serve": "_serving",
+    "serving": "_serving",
+    "start": "_serving",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"aioserve.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,196 @@
+"""
+Runs the app's lifespan and keeps its exception.
+
+uvicorn has a class for this; it keeps no reference to its task and drops the exception, so that a failed startup can
+say neither what failed nor, with ``lifespan="auto"``, that anything did. (ASGI, "Lifespan Protocol", version 2.0.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Literal
+
+from aioserve._errors import ShutdownError, StartupError, StartupTimeoutError
+from aioserve._options import Message, Scope
+from aioserve._waiting import Waiting
+
+logger = logging.getLogger("aioserve")
+
+
+class Lifespan:
+    """
+    One run of an app's lifespan, in a task of its own.
+
+    With mode "auto" an app may do without: it does if it raises before it has called `receive()`, or if it took the
+    scope for a request, and raised when its answer was refused. An app that began its lifespan and raised has failed.
+    With "on" every exception is a failure; with "off" the app is not asked.
+    """
+
+    # How long a lifespan that has been cancelled, or that is to end by force, may take to end: seconds.
+    grace = 1.0
+
+    should_exit = False
+    """As in uvicorn's class: whether the program should exit for it. It never should for ours."""
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        mode: Literal["auto", "on", "off"],
+        asgi_version: str,
+        state: dict[str, Any],
+        waiting: Waiting,
+    ) -> None:
+        self.state = state
+        self.error: BaseException | None = None
+        """What the app's lifespan raised."""
+        self.task: asyncio.Task[None] | None = None
+
+        self._app = app
+        self._mode = mode
+        self._scope: Scope = {
+            "type": "lifespan",
+            "asgi": {"version": asgi_version, "spec_version": "2.0"},
+            "state": state,
+        }
+        self._waiting = waiting
+
+        self._received = False  # it has taken lifespan.startup
+        self._refused = False  # it has sent something that is no lifespan message
+        self._started = False  # it has sent startup.complete
+        self._failure: str | None = None  # the message of its startup.failed or shutdown.failed
+        self._shutdown = asyncio.Event()
+        self._told = False  # it has taken lifespan.shutdown
+        self._spent = False  # it asks for more, and there is no more
+        self._abandoned = False  # we have cancelled it
+        self.over = mode == "off"
+
+    @property
+    def died(self) -> bool:
+        """Whether it raised in the middle of serving. One that returns quietly has merely nothing to do at the end."""
+        return self.over and self._started and self.error is not None
+
+    async def startup(self, timeout: float | None) -> None:
+        """
+        Wait until the app has started.
+
+        Raises:
+            StartupError: It failed; its own exception is the `__cause__`.
+            StartupTimeoutError: It took longer than `timeout` seconds; it has been cancelled.
+        """
+        if self.over:
+            return
+
+        self.task = asyncio.get_running_loop().create_task(self._run(), name="aioserve lifespan")
+        if not await self._waiting.wait_for(self._has_answered, timeout):
+            await self._abandon()
+            if self._waiting.forced:
+                raise StartupError("the server was told to stop before the app's lifespan had started")
+            message = f"the app's lifespan did not start within startup_timeout={timeout:g} seconds; it was cancelled"
+            raise StartupTimeoutError(message) from TimeoutError(message)
+
+        if self._failure is not None:
+            # It says that it failed; the exception that it means comes a moment later.
+            if not await self._waiting.wait_for(self._is_over, self.grace):
+                await self._abandon()
+            raise StartupError(_describe("failed to start", self.error, self._failure)) from self.error
+
+        if self.error is not None and not self._started:
+            if self._mode == "auto" and (self._refused or not self._received):
+                logger.info("the app does without a lifespan: %r", self.error)
+                return
+            raise StartupError(_describe("failed to start", self.error)) from self.error
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """
+        Let the app shut down, in `timeout` seconds (at least the `grace`, and no more than that when forced).
+
+        Raises:
+            ShutdownError: It failed, or took longer and has been cancelled.
+        """
+        if not self._started:
+            return
+        if not self.over:
+            self._shutdown.set()
+            bound = None if timeout is None else max(timeout, self.grace)
+            ended = await self._waiting.wait_for(self._has_ended, bound)
+            if self._waiting.forced:
+                ended = await self._waiting.wait_for(self._has_ended, self.grace, even_if_forced=True)
+            if not self.over:
+                await self._abandon()
+            if not ended:
+                message = "the app's lifespan did not shut down in time; it was cancelled"
+                raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
+
+        error = self._app_error()
+        if self._failure is not None or error is not None:
+            raise ShutdownError(_describe("failed to shut down", error, self._failure)) from error
+
+    async def _abandon(self) -> None:
+        """Cancel it and wait for its end, but not for ever."""
+        if self.task is None or self.over:
+            return
+        self._abandoned = True
+        self._shutdown.set()  # should it refuse to be cancelled, it can still be told
+        self.task.cancel()
+        if not await self._waiting.wait_for(self._is_over, self.grace, even_if_forced=True):
+            logger.warning("the app's lifespan is stuck: %s was cancelled and goes on all the same", self.task)
+
+    async def _run(self) -> None:
+        self.task = asyncio.current_task()  # an eager task runs before its maker has it
+        try:
+            await self._app(self._scope, self._receive, self._send)
+        except BaseException as exc:
+            # SystemExit and KeyboardInterrupt too: out of a task they would stop the loop, and with it the program.
+            self.error = exc
+        finally:
+            self.over = True
+            self._waiting.notify()
+
+    async def _receive(self) -> Message:
+        if not self._received:
+            self._received = True
+            return {"type": "lifespan.startup"}
+
+        await self._shutdown.wait()
+        if self._told:
+            self._spent = True
+            self._waiting.notify()
+            await asyncio.Event().wait()
+        self._told = True
+        return {"type": "lifespan.shutdown"}
+
+    async def _send(self, message: Message) -> None:
+        match message["type"]:
+            case "lifespan.startup.complete":
+                self._started = True
+            case "lifespan.startup.failed" | "lifespan.shutdown.failed":
+                self._failure = message.get("message", "")
+            case "lifespan.shutdown.complete":
+                pass  # what counts is that it ends: there may be clean-up behind this
+            case other:
+                self._refused = True
+                raise RuntimeError(f"a lifespan cannot send {other!r}; the scope's type is 'lifespan', not 'http'")
+        self._waiting.notify()
+
+    def _has_answered(self) -> bool:
+        return self._started or self._failure is not None or self.over
+
+    def _has_ended(self) -> bool:
+        return self._spent or self.over
+
+    def _is_over(self) -> bool:
+        return self.over
+
+    def _app_error(self) -> BaseException | None:
+        ours = self._abandoned and isinstance(self.error, asyncio.CancelledError)
+        return None if ours else self.error
+
+
+def _describe(what: str, error: BaseException | None, message: str | None = None) -> str:
+    if error is not None:
+        return f"the app's lifespan {what}: {type(error).__name__}: {error}"
+    return f"the app's lifespan {what}: {message}" if message else f"the app's lifespan {what}, and did not say why"
+
+

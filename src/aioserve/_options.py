@@ -1,0 +1,265 @@
+"""
+Which options exist, which are refused, and why.
+
+Everything that can be known to be wrong before anything starts is found here, and said with the value and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import ssl
+import warnings
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+
+import uvicorn
+
+if TYPE_CHECKING:
+    import asyncio
+    import os
+    from configparser import RawConfigParser
+
+    from aioserve._sockets import Host
+
+Scope: TypeAlias = dict[str, Any]
+Message: TypeAlias = dict[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Any]]
+Send: TypeAlias = Callable[[Any], Awaitable[None]]
+
+# Frameworks type the messages of ASGI each in their own way, so what fits all of them is a loose type.
+App: TypeAlias = "Callable[..., Any] | str | uvicorn.Config"
+
+
+class Options(TypedDict, total=False):
+    """
+    The keyword arguments of `serving()`, `start()` and `serve()`: first our own, then those that go on to uvicorn.
+
+    Use it to type a wrapper of your own: ``def my_serving(app, **options: Unpack[Options])``.
+    """
+
+    host: str | Sequence[str] | None
+    port: int
+    lifespan: Literal["auto", "on", "off"]
+    startup_timeout: float | None
+    shutdown_timeout: float | None
+    factory: bool
+
+    # uvicorn's, as `uvicorn.Config` describes them; a test holds them to its signature.
+    access_log: bool
+    backlog: int
+    date_header: bool
+    forwarded_allow_ips: list[str] | str | None
+    h11_max_incomplete_event_size: int | None
+    headers: list[tuple[str, str]] | None
+    http: type[asyncio.Protocol] | str
+    interface: Literal["auto", "asgi3", "asgi2", "wsgi"]
+    limit_concurrency: int | None
+    limit_max_requests: int | None
+    limit_max_requests_jitter: int
+    log_config: dict[str, Any] | str | os.PathLike[str] | RawConfigParser | IO[Any] | None
+    log_level: str | int | None
+    proxy_headers: bool
+    reset_contextvars: bool
+    root_path: str
+    server_header: bool
+    ssl_ca_certs: str | os.PathLike[str] | None
+    ssl_cert_reqs: int
+    ssl_certfile: str | os.PathLike[str] | None
+    ssl_ciphers: str | None
+    ssl_context_factory: Callable[[uvicorn.Config, Callable[[], ssl.SSLContext]], ssl.SSLContext] | None
+    ssl_keyfile: str | os.PathLike[str] | None
+    ssl_keyfile_password: str | None
+    ssl_version: int
+    timeout_keep_alive: int
+    use_colors: bool | None
+    ws: type[asyncio.Protocol] | str
+    ws_max_queue: int
+    ws_max_size: int
+    ws_per_message_deflate: bool
+    ws_ping_interval: float | None
+    ws_ping_timeout: float | None
+
+
+_OURS = ("startup_timeout", "shutdown_timeout")
+
+# Of what uvicorn.Config can say, this makes no sense in somebody else's loop, or not yet.
+REFUSED = {
+    "callback_notify": "nothing ticks here to call it; run a task of your own",
+    "env_file": "it would change the environment of your whole program; load it yourself before",
+    "fd": "only TCP is served as yet; use host and port",
+    "http2": "it is experimental in uvicorn, and a graceful stop of it is not proven as yet",
+    "loop": "the server runs in the loop that is running already",
+    "reload": "reloading restarts the process, and this one is yours",
+    "reload_delay": "reloading restarts the process, and this one is yours",
+    "reload_dirs": "reloading restarts the process, and this one is yours",
+    "reload_excludes": "reloading restarts the process, and this one is yours",
+    "reload_includes": "reloading restarts the process, and this one is yours",
+    "timeout_graceful_shutdown": "use shutdown_timeout",
+    "timeout_notify": "nothing ticks here to call callback_notify; run a task of your own",
+    "timeout_worker_healthcheck": "there are no worker processes: the server runs inside this one",
+    "uds": "only TCP is served as yet; use host and port",
+    "workers": "there are no worker processes: the server runs inside this one",
+}
+
+# What uvicorn would answer with a bare KeyError, or an import error.
+_CHOICES = {
+    "lifespan": ("auto", "on", "off"),
+    "interface": ("auto", "asgi3", "asgi2", "wsgi"),
+    "log_level": ("critical", "error", "warning", "info", "debug", "trace"),
+    "http": ("auto", "h11", "httptools", "zttp"),
+    "ws": ("auto", "none", "websockets", "websockets-sansio", "wsproto"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What was asked for, checked."""
+
+    config: uvicorn.Config
+    host: Host
+    port: int
+    access_log: bool
+    startup_timeout: float | None
+    shutdown_timeout: float | None
+
+
+def parse(app: App, options: Mapping[str, Any]) -> Settings:
+    """
+    Check the app and the options, and return them as settings.
+
+    Raises:
+        TypeError: The app is none, or an option is unknown, refused, of the wrong type, or in conflict with another.
+        ValueError: An option's value is out of range.
+    """
+    for name in options:
+        _check_name(name)
+    return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
+
+
+def check_timeout(name: str, value: object) -> float | None:
+    """Return a timeout in seconds, `None` for no limit; an infinite one is no limit as well."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{name} must not be negative, and {value!r} is; 0 is the shortest, None is no limit")
+    return None if math.isinf(value) else value
+
+
+def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
+    if not isinstance(app, str) and not callable(app):
+        raise TypeError(
+            f'app must be an ASGI callable, an import string like "package.module:attribute" or a uvicorn.Config, '
+            f"not {app!r}"
+        )
+    if isinstance(app, str) and not all(app.partition(":")):
+        raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
+
+    host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
+    _check_values(options)
+    timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
+
+    # uvicorn's access_log=False takes the handlers from its logger, for every server of the process. Ours is told
+    # connection by connection; so uvicorn is not told at all. Likewise, only what is asked for touches logging.
+    access_log = options.get("access_log", True)
+    passed = {name: value for name, value in options.items() if name not in (*_OURS, "host", "port", "access_log")}
+    config = uvicorn.Config(app, **{"log_config": None, **passed})
+    return Settings(config=config, host=host, port=port, access_log=access_log, **timeouts)
+
+
+def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
+    again = [name for name in options if name not in _OURS]
+    if again:
+        raise TypeError(f"{again[0]} is for the uvicorn.Config that you pass to say; give it there")
+    timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
+    if config.timeout_graceful_shutdown is not None:
+        if "shutdown_timeout" in options:
+            raise TypeError("shutdown_timeout is in conflict with the Config's timeout_graceful_shutdown; give one")
+        timeouts["shutdown_timeout"] = check_timeout("timeout_graceful_shutdown", config.timeout_graceful_shutdown)
+
+    for name in ("uds", "fd", "http2"):
+        if getattr(config, name, None) not in (None, False):
+            raise TypeError(f"a uvicorn.Config with {name} cannot be served: {REFUSED[name]}")
+    passed_over = {"reload": config.reload, "workers": config.workers, "callback_notify": config.callback_notify}
+    said = [name for name, value in passed_over.items() if value not in (None, False, 1)]
+    if said:
+        warnings.warn(
+            f"of the uvicorn.Config, {' and '.join(said)} make no sense inside a running program: passed over",
+            stacklevel=_CALLER,
+        )
+    return Settings(
+        config=config,
+        host=_check_host(config.host),
+        port=_check_port(config.port),
+        access_log=config.access_log,
+        **timeouts,
+    )
+
+
+_TIMEOUTS = {"startup_timeout": 60.0, "shutdown_timeout": 10.0}
+
+# How far above warnings.warn() the user's line is: _from_config, parse, start.
+_CALLER = 4
+
+
+def _check_name(name: str) -> None:
+    if name in REFUSED:
+        raise TypeError(f"option {name!r} is not for a server inside a running program: {REFUSED[name]}")
+    if name not in Options.__optional_keys__:
+        near = difflib.get_close_matches(name, Options.__optional_keys__, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"there is no option {name!r}{hint}")
+
+
+def _check_host(host: object) -> Host:
+    if host is None:
+        return None
+    if isinstance(host, str):
+        _check_one_host(host)
+        return host
+    if not isinstance(host, Sequence) or isinstance(host, (bytes, bytearray)):
+        raise TypeError(f"host must be a name, an address, a sequence of them or None, not {host!r}")
+    if not host:
+        raise ValueError("host is an empty sequence; None is every interface")
+    for each in host:
+        _check_one_host(each)
+    return host
+
+
+def _check_one_host(host: object) -> None:
+    if not isinstance(host, str):
+        raise TypeError(f"host must be a name or an address, not {host!r}")
+    if not host:
+        raise ValueError("host is empty; None is every interface, '127.0.0.1' this machine only")
+    if "\0" in host:
+        raise ValueError(f"host {host!r} has a null character in it")
+
+
+def _check_port(port: object) -> int:
+    if isinstance(port, bool) or not isinstance(port, int):
+        raise TypeError(f"port must be an int, not {port!r}")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be from 0 to 65535, and {port} is not; 0 takes a free one")
+    return port
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    for name, choices in _CHOICES.items():
+        value = options.get(name)
+        if not isinstance(value, str) or value.lower() in choices or (name in ("http", "ws") and ":" in value):
+            continue
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    if options.get("ssl_keyfile") and not (options.get("ssl_certfile") or options.get("ssl_context_factory")):
+        raise TypeError("ssl_keyfile needs ssl_certfile with it")
+    known = _config_parameters()
+    for name in options:
+        if name not in known and name not in _OURS:
+            raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
+
+
+def _config_parameters() -> frozenset[str]:
+    code = uvicorn.Config.__init__.__code__
+    return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])

@@ -1,0 +1,258 @@
+"""
+What the user holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import anyio
+
+from aioserve._options import check_timeout
+from aioserve._sockets import url_of
+
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+    from typing import Self
+
+    import uvicorn
+
+    from aioserve._engine import Engine
+
+logger = logging.getLogger("aioserve")
+
+
+class Stats(NamedTuple):
+    """What a server is doing and has done, at the moment of asking."""
+
+    connections: int
+    """Open connections, idle ones and WebSockets included."""
+    in_flight: int
+    """Requests and WebSockets whose handler is running."""
+    served: int
+    """HTTP responses completed since the start."""
+
+
+class Server:
+    """
+    A running server: where it listens, how it fares, and how to end it.
+
+    You get one from `serving()`, `start()` or `serve()`. It is an async context manager too, which closes it at the end
+    of the block: ``async with await start(app) as server``. The app's handlers find it as ``request.state.aioserve``
+    (``scope["state"]["aioserve"]``).
+
+    All but `close()` is for the event loop in which it was started.
+    """
+
+    def __init__(self, engine: Engine, sockets: list[socket.socket]) -> None:
+        self._engine = engine
+        self._sockets = sockets
+        self._loop = asyncio.get_running_loop()
+        self._urls = [url_of(sock, "https" if engine.config.ssl else "http") for sock in sockets]
+        self._host, self._port = sockets[0].getsockname()[:2]
+        engine.lifespan.state["aioserve"] = self
+        self._task = self._loop.create_task(engine.serve(sockets), name=f"aioserve {self.url}")
+
+    @property
+    def url(self) -> str:
+        """
+        Where a client on this machine reaches it, like ``"http://127.0.0.1:8000"``: no slash at the end.
+
+        A wildcard address becomes loopback; IPv6 stands in brackets. It stays when the server has closed.
+        """
+        return self._urls[0]
+
+    @property
+    def urls(self) -> list[str]:
+        """The same for every address that it listens on."""
+        return list(self._urls)
+
+    @property
+    def host(self) -> str:
+        """The first address that it is bound to, as the system gives it: ``"0.0.0.0"`` for a wildcard."""
+        return self._host
+
+    @property
+    def port(self) -> int:
+        """The port, the same on every address; the real one, where 0 was asked for."""
+        return self._port
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """The listening sockets; none once it has stopped accepting. Look at them, but do not close them."""
+        return tuple(self._sockets) if self.is_serving() else ()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The ASGI lifespan state: what the app's lifespan has put there for its handlers."""
+        return self._engine.lifespan.state
+
+    @property
+    def stats(self) -> Stats:
+        """What it is doing and has done."""
+        state = self._engine.server_state
+        return Stats(connections=len(state.connections), in_flight=len(state.tasks), served=state.total_requests)
+
+    @property
+    def stopping(self) -> anyio.Event:
+        """
+        Set the moment a stop is asked for, by whomever.
+
+        A long stream can await it to end in time; a readiness check answers 503 from then on.
+        """
+        return self._engine.stopping
+
+    @property
+    def uvicorn(self) -> uvicorn.Server:
+        """
+        The `uvicorn.Server` underneath, for code that knows it.
+
+        Setting its `should_exit` closes this server; `force_exit` forces it.
+        """
+        return self._engine
+
+    def is_serving(self) -> bool:
+        """Whether it accepts new connections."""
+        return self._engine.accepting
+
+    def close(self, timeout: float | None = None) -> None:
+        """
+        Ask for a graceful stop, and return at once.
+
+        It can be called at any time, any number of times, from a handler, from another task, from another thread.
+        `wait_closed()` waits for the end.
+
+        Args:
+            timeout: A deadline for the requests in flight, in seconds from this call. It can only shorten the
+                `shutdown_timeout` that the server was started with; 0 forces, which cancels the handlers at once.
+
+        Raises:
+            TypeError: The timeout is no number.
+            ValueError: The timeout is negative.
+        """
+        seconds = check_timeout("timeout", timeout)
+        deadline = None if seconds is None else self._loop.time() + seconds
+        if _running_loop() is self._loop:
+            self._engine.close(deadline)
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._engine.close, deadline)
+        except RuntimeError:
+            pass  # its loop is closed, and so is the server
+
+    async def wait_closed(self) -> None:
+        """
+        Wait until all is over: the last response sent, the lifespan ended, the port free.
+
+        It only watches: cancelling it does nothing to the server.
+
+        Raises:
+            ServerCrashedError: The app's lifespan died in the middle of serving.
+            ShutdownError: The app's lifespan failed at its shutdown.
+            RuntimeError: A request or the lifespan of this server calls it, and would wait for itself; or it is called
+                from another event loop.
+        """
+        self._check_caller("wait_closed()")
+        if not self._task.done():
+            await asyncio.wait({self._task})
+        if self._engine.error is not None:
+            raise self._engine.error
+
+    async def aclose(self) -> None:
+        """
+        Close, and wait until all is over.
+
+        A cancellation that arrives meanwhile waits for the end as well; a second one forces.
+
+        Raises:
+            ServerCrashedError: The app's lifespan died in the middle of serving.
+            ShutdownError: The app's lifespan failed at its shutdown.
+            RuntimeError: As in `wait_closed()`.
+        """
+        await self.__aexit__(None, None, None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._check_caller("aclose()")
+        self.close()
+        cancelled = isinstance(exc, asyncio.CancelledError)
+        late = await self._outlast(cancellations=1 if cancelled else 0)
+
+        # Who is heard? The body before the server, and a cancellation before both.
+        error = self._engine.error
+        heard = late if late is not None and not cancelled else exc
+        if heard is None:
+            if error is not None:
+                raise error
+            return
+        if error is not None and error is not heard:
+            heard.add_note(f"aioserve: the server failed as well: {type(error).__name__}: {error}")
+            logger.error("%s", error, exc_info=error)
+        if heard is not exc:
+            raise heard
+
+    async def _wait_started(self) -> None:
+        """Wait until the server has started, or raise what prevented it; cancelled, wait until it has stopped again."""
+        try:
+            await self._engine.ready
+        except asyncio.CancelledError:
+            self.close(timeout=None if self._engine.started else 0)
+            await self._outlast(cancellations=1)
+            if self._engine.error is not None and self._engine.error.__cause__ is not None:
+                logger.error("%s", self._engine.error, exc_info=self._engine.error)
+            raise
+        if not self._engine.started:
+            assert self._engine.error is not None
+            raise self._engine.error
+
+    async def _outlast(self, *, cancellations: int) -> asyncio.CancelledError | None:
+        """
+        Wait for the server's end whatever happens, and return the cancellation that arrived meanwhile, for the caller
+        to raise.
+
+        Two things are held off. An anyio scope delivers its cancellation anew on every loop turn, hence the shield;
+        after it, the scope will have its way. A native cancellation comes through a shield, but once only;
+        `asyncio.wait()` does not pass it on to the server. The second one, counting those that came before, forces.
+        """
+        late: asyncio.CancelledError | None = None
+        with anyio.CancelScope(shield=True):
+            while not self._task.done():
+                try:
+                    await asyncio.wait({self._task})
+                except asyncio.CancelledError as exc:
+                    late = late or exc
+                    cancellations += 1
+                    if cancellations > 1:
+                        self.close(timeout=0)
+        return late
+
+    def _check_caller(self, called: str) -> None:
+        loop = _running_loop()
+        if loop is not self._loop:
+            raise RuntimeError(f"{called} is for the event loop that the server runs in; from elsewhere use close()")
+        caller = asyncio.current_task()
+        if caller in self._engine.server_state.tasks or caller is self._engine.lifespan.task:
+            raise RuntimeError(f"{called} in a request or the lifespan of this server would wait for itself; use close()")
+
+    def __repr__(self) -> str:
+        if self._engine.over:
+            how = "closed"
+        elif self.stopping.is_set():
+            how = "stopping"
+        else:
+            how = "serving" if self.is_serving() else "starting"
+        return f"<aioserve.Server {self.url} {how}>"
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

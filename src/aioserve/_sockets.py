@@ -1,0 +1,159 @@
+"""
+From host and port to listening sockets, and from those to URLs.
+
+We bind by ourselves, so that a busy port is an `OSError` here and not a `SystemExit` in uvicorn, and before the app's
+startup runs. We listen at once, too: under SO_REUSEADDR two programs can *bind* the same port, and the second is told
+only by `listen()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import quote
+
+Host: TypeAlias = str | Sequence[str] | None
+
+# Port 0 on several addresses: the free port of the first may be taken on another, so try again with a new one.
+_SAME_PORT_ATTEMPTS = 32
+
+# What a machine without IPv6 (or without IPv4) says of an address of the family that it lacks.
+_NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+_HINTS = {
+    errno.EADDRINUSE: "; port=0 takes a free one",
+    errno.EACCES: "; a port below 1024 needs a privilege",
+    errno.EADDRNOTAVAIL: "; it is not an address of this machine",
+}
+
+
+class _Address(NamedTuple):
+    family: int
+    sockaddr: tuple[Any, ...]
+    """As `socket.bind()` takes it, with port 0."""
+    optional: bool
+    """One of several that stand for a name, or for "every interface": this machine may lack its family."""
+
+
+async def listen(host: Host, port: int, *, backlog: int) -> list[socket.socket]:
+    """
+    Return listening sockets for all addresses of the host, or none at all.
+
+    Args:
+        host: A name or an address, or a sequence of them; `None` for every interface, IPv4 and IPv6.
+        port: 0 takes a free one, the same on every address.
+        backlog: How many connections the kernel keeps waiting for us, per socket.
+
+    Raises:
+        OSError: An address cannot be bound, or a name cannot be resolved (`socket.gaierror`). The class and the errno
+            are the system's own; the message says which address.
+    """
+    hosts = [host] if host is None or isinstance(host, str) else host
+    addresses = [address for each in hosts for address in await _resolve(each)]
+    unique = list({address.sockaddr: address for address in addresses}.values())
+
+    for _ in range(_SAME_PORT_ATTEMPTS if port == 0 else 1):
+        try:
+            return _listen_on_all(unique, port, backlog)
+        except OSError as exc:
+            last = exc
+            if exc.errno != errno.EADDRINUSE:
+                break
+    raise last
+
+
+def url_of(sock: socket.socket, scheme: str) -> str:
+    """Where a client on this machine reaches the socket: a wildcard becomes loopback, IPv6 stands in brackets."""
+    address, port = sock.getsockname()[:2]
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 (compared, not bound)
+    if sock.family == socket.AF_INET6:
+        address = f"[{quote(address, safe=':')}]"  # the % of a scope is written %25: RFC 6874
+    return f"{scheme}://{address}:{port}"
+
+
+def _listen_on_all(addresses: Sequence[_Address], port: int, backlog: int) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    lacking: OSError | None = None
+    with ExitStack() as undo:
+        for address in addresses:
+            try:
+                sock = _listen_on(address, port, backlog)
+            except OSError as exc:
+                if address.optional and exc.errno in _NO_SUCH_FAMILY:
+                    lacking = exc
+                    continue
+                raise
+            undo.callback(sock.close)
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+        if not sockets and lacking is not None:
+            raise lacking
+        undo.pop_all()
+    return sockets
+
+
+def _listen_on(address: _Address, port: int, backlog: int) -> socket.socket:
+    where, _, *rest = address.sockaddr
+    with ExitStack() as undo:
+        try:
+            # With the protocol named, asyncio sets TCP_NODELAY on what it accepts from here; with 0 it does not, and
+            # answers on kept-alive connections take 40 ms.
+            sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            undo.callback(sock.close)
+            sock.setblocking(False)
+            if os.name == "posix":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if address.family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((where, port, *rest))
+            sock.listen(backlog)
+        except OSError as exc:
+            bracketed = f"[{where}]" if address.family == socket.AF_INET6 else where
+            message = f"cannot listen on {bracketed}:{port}: {exc.strerror}{_HINTS.get(exc.errno or 0, '')}"
+            raise OSError(exc.errno, message) from exc
+        undo.pop_all()
+    return sock
+
+
+async def _resolve(host: str | None) -> list[_Address]:
+    if host is None:
+        return [*_literal("0.0.0.0", optional=True), *_literal("::", optional=True)]  # noqa: S104 (asked for)
+    if host == "localhost":  # always loopback, whatever a resolver says: RFC 6761, 6.3
+        return [*_literal("127.0.0.1", optional=True), *_literal("::1", optional=True)]
+    try:
+        return _literal(host)
+    except (socket.gaierror, UnicodeError):
+        pass
+
+    # A name. Asking can take seconds, hence a thread; and loop.getaddrinfo() would leave one of the default executor
+    # behind, hence one of our own, which ends with its answer.
+    executor = ThreadPoolExecutor(1, thread_name_prefix="aioserve-resolve")
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(executor, _getaddrinfo, host, socket.AI_PASSIVE)
+    except asyncio.CancelledError:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    except OSError as exc:
+        executor.shutdown()
+        raise socket.gaierror(exc.errno, f"cannot resolve host {host!r}: {exc.strerror}") from exc
+    except UnicodeError as exc:  # what the "idna" codec says of an impossible name
+        executor.shutdown()
+        raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve host {host!r}: {exc}") from exc
+    executor.shutdown()
+    return [_Address(family, sockaddr, optional=True) for family, sockaddr in found]
+
+
+def _literal(host: str, *, optional: bool = False) -> list[_Address]:
+    found = _getaddrinfo(host, socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+    return [_Address(family, sockaddr, optional) for family, sockaddr in found]
+
+
+def _getaddrinfo(host: str, flags: int) -> list[tuple[int, tuple[Any, ...]]]:
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=flags)
+    return [(int(family), sockaddr) for family, _, _, _, sockaddr in found]

@@ -1,0 +1,77 @@
+"""
+How a server's own task waits: for facts, never on a clock, and never to be thrown off by a cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+
+class Waiting:
+    """
+    Lets the one task of a server sleep until something is so, and look again after every change.
+
+    Whoever changes something calls `notify()`, as with an `asyncio.Condition`, but without a lock: all of it happens in
+    one loop. Only one task may wait at a time.
+
+    Cancelling that task does not end its wait: a server whose task is cancelled still has handlers to await and a
+    lifespan to end. It *forces* instead, once for all: from then on only what is bounded by its own timeout is waited
+    for. (At its end `asyncio.run` cancels every task, ours included.)
+    """
+
+    def __init__(self) -> None:
+        self.forced = False
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        self._changed.set()
+
+    def force(self) -> None:
+        self.forced = True
+        self._changed.set()
+
+    async def wait_for(
+        self, predicate: Callable[[], bool], timeout: float | None = None, *, even_if_forced: bool = False
+    ) -> bool:
+        """
+        Wait until the predicate holds, `timeout` seconds are over, or force is used; return the predicate.
+
+        Args:
+            predicate: What is waited for; looked at once for each loop turn in which something changed.
+            timeout: In seconds; `None` for no limit. No timer is made when there is nothing to wait for.
+            even_if_forced: Go on waiting when forced. Give a timeout with it.
+        """
+
+        def over() -> bool:
+            return predicate() or expired or (self.forced and not even_if_forced)
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            self._changed.set()
+
+        expired = False
+        if over():
+            return predicate()
+
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, expire)
+        try:
+            while not over():
+                self._changed.clear()
+                await self._sleep(self._changed.wait())
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return predicate()
+
+    async def turns(self, count: int) -> None:
+        """Let the loop turn: for what it has already put on its list for the next turns."""
+        for _ in range(count):
+            await self._sleep(asyncio.sleep(0))
+
+    async def _sleep(self, waiter: Awaitable[object]) -> None:
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self.force()

@@ -1,0 +1,107 @@
+"""
+What every test has: the event loops, and a check that nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import uvloop
+
+from aioserve import _lifespan, _shutdown
+
+LOOPS = {
+    "asyncio": ("asyncio", {}),
+    "uvloop": ("asyncio", {"loop_factory": uvloop.new_event_loop}),
+}
+
+
+@pytest.fixture(params=LOOPS)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Run every async test on asyncio's own loop and on uvloop."""
+    return LOOPS[request.param]
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the bounds for what has been cancelled, for tests that run into them."""
+    monkeypatch.setattr(_shutdown, "CANCELLED_HANDLERS", 0.05)
+    monkeypatch.setattr(_lifespan.Lifespan, "grace", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves something behind."""
+    if "anyio_backend" in request.fixturenames:
+        request.getfixturevalue("nothing_is_left_in_the_loop")
+        yield
+        return
+    before = what_is_there()
+    yield
+    gc.collect()
+    assert what_is_there() == before
+
+
+@pytest.fixture
+async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
+    """The same for a test with a loop, its tasks and timers included."""
+    before = what_is_there() | what_is_in_the_loop()
+    yield
+    for _ in range(5):  # in which the clients' own transports close
+        await asyncio.sleep(0)
+    gc.collect()
+    assert what_is_there() | what_is_in_the_loop() == before
+
+
+def what_is_there() -> dict[str, Any]:
+    """Look at all of the process that a server could leave something in."""
+    return {
+        "threads": {thread.name for thread in threading.enumerate()},
+        "sockets": open_sockets(),
+        "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "loggers": {name: what_logs(name) for name in ("", "aioserve", "uvicorn", "uvicorn.error", "uvicorn.access")},
+        "warning filters": len(warnings.filters),
+    }
+
+
+def what_is_in_the_loop() -> dict[str, Any]:
+    """Look at all of the running loop that a server could leave something in."""
+    loop = asyncio.get_running_loop()
+    # uvloop keeps its timers to itself.
+    timers = [handle for handle in getattr(loop, "_scheduled", ()) if not handle.cancelled()]
+    return {
+        "tasks": {task for task in asyncio.all_tasks() if "TestRunner." not in repr(task.get_coro())},
+        "timers": timers,
+        "exception handler": loop.get_exception_handler(),
+    }
+
+
+def what_logs(name: str) -> tuple[object, ...]:
+    logger = logging.getLogger(name or None)
+    # pytest's own handlers come and go.
+    handlers = [handler for handler in logger.handlers if not type(handler).__module__.startswith("_pytest")]
+    return logger.level, logger.propagate, logger.disabled, handlers, list(logger.filters)
+
+
+def open_sockets() -> dict[int, str]:
+    """The sockets among the descriptors of this process, by number."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # the descriptor that listed the directory is gone
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                # A duplicate, so that closing it leaves the original alone.
+                with socket.socket(fileno=os.dup(int(name))) as sock:
+                    found[int(name)] = str(sock.getsockname())
+    return found

@@ -1,0 +1,43 @@
+"""
+The three doors, made alike: each runs a body with a running server, in the task that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+from anyio.abc import TaskStatus
+
+from aioserve import Server, serve, serving, start
+
+Body: TypeAlias = Callable[[Server], Awaitable[None]]
+Door: TypeAlias = Callable[..., Awaitable[None]]
+
+
+async def by_serving(app: Any, body: Body, **options: Any) -> None:
+    async with serving(app, **options) as server:
+        await body(server)
+
+
+async def by_start(app: Any, body: Body, **options: Any) -> None:
+    async with await start(app, **options) as server:
+        await body(server)
+
+
+async def by_serve(app: Any, body: Body, **options: Any) -> None:
+    """`serve()` has no body of the user's: the function is called with the server and must not wait."""
+
+    class Started(TaskStatus[Server]):
+        def started(self, value: Server | None = None) -> None:
+            assert value is not None
+            coroutine = body(value)
+            try:
+                coroutine.__await__().send(None)  # type: ignore[attr-defined]
+            except StopIteration:
+                pass
+
+    await serve(app, task_status=Started(), **options)
+
+
+DOORS: dict[str, Door] = {"serving": by_serving, "start": by_start, "serve": by_serve}
