@@ -28,6 +28,12 @@ LOOPS = {
 }
 
 
+def pytest_collection_finish() -> None:
+    """Spare the collections after each test what will never be garbage: the imported modules."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Run every async test on asyncio's own loop and on uvloop."""

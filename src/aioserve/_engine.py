@@ -25,7 +25,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from uvicorn.server import ServerState
 from aioserve._errors import ServerCrashedError, StartupError
 from aioserve._lifespan import Lifespan
 from aioserve._shutdown import shut_down
+from aioserve._sockets import url_of
 from aioserve._waiting import Waiting
 
 if TYPE_CHECKING:
@@ -59,15 +60,17 @@ class Engine(uvicorn.Server):
     on_crash: Callable[[], None] | None = None
     """Called when the server dies in the middle of serving, from its own task."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, sockets: Sequence[socket.socket]) -> None:
         self.stopping = anyio.Event()
         self.waiting = Waiting()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.servers: list[asyncio.Server] = []
 
         super().__init__(settings.config)
-        self.settings = settings
         load(settings.config)
+        self.settings = settings
+        self.sockets = sockets
+        self.urls = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]
 
         limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
         self.server_state = _State(self) if limit is None else _LimitedState(self, limit)
@@ -80,7 +83,7 @@ class Engine(uvicorn.Server):
         )
 
         self._loop = asyncio.get_running_loop()
-        self._sockets: list[socket.socket] = []
+        self._running = False
         self._accepting = False
         self.over = False
         self._watched: set[asyncio.Task[Any]] = set()
@@ -90,10 +93,10 @@ class Engine(uvicorn.Server):
     # The story.
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve on these listening sockets, which are ours from here on, until asked to close; then stop."""
-        if self._sockets or not sockets:
+        """Serve until asked to close; then stop, and close the sockets. Only aioserve calls this, and only once."""
+        if self._running:
             raise RuntimeError("this server is run by aioserve, and only once")
-        self._sockets = sockets
+        self._running = True
         try:
             await self._serve_until_asked()
             await shut_down(self)
@@ -113,6 +116,7 @@ class Engine(uvicorn.Server):
             self._fail("the server's own task failed while it was starting", exc)
             return
         self.started = True
+        uvicorn_logger.info("Serving on %s", ", ".join(self.urls))
         self._tell_starter()
 
         await self.waiting.wait_for(lambda: self.stopping.is_set() or self.lifespan.died)
@@ -122,7 +126,7 @@ class Engine(uvicorn.Server):
     async def _start_accepting(self) -> None:
         self._refresh_default_headers()
         self._accepting = True
-        for sock in self._sockets:
+        for sock in self.sockets:
             # In two steps: should our task be cancelled in the second, we have what to close.
             server = await self._loop.create_server(
                 self._create_protocol,
@@ -149,13 +153,16 @@ class Engine(uvicorn.Server):
 
     def _clean_up(self) -> None:
         self.over = True
-        self.stop_accepting()
-        for sock in self._sockets:
+        self._accepting = False
+        self.close_listeners()
+        for sock in self.sockets:
             sock.close()
         for timer in (self._date_timer, self._deadline):
             if timer is not None:
                 timer.cancel()
         self.stopping.set()
+        if self.started:
+            uvicorn_logger.info("Closed %s", ", ".join(self.urls))
         self._tell_starter()
 
     def _tell_starter(self) -> None:
@@ -192,8 +199,18 @@ class Engine(uvicorn.Server):
         return self._accepting and bool(self.servers)
 
     def stop_accepting(self) -> None:
-        """Close the listeners."""
+        """
+        Accept nothing more, but leave the listeners open for the turns in which the last connections are made.
+
+        asyncio drops a connection that it has accepted and not yet made when its server is closed, and leaks its
+        socket. (uvloop makes it at once, and knows no such reader.)
+        """
         self._accepting = False
+        for server in self.servers:
+            for sock in server.sockets:
+                self._loop.remove_reader(sock.fileno())
+
+    def close_listeners(self) -> None:
         for server in self.servers:
             server.close()
 

@@ -181,13 +181,18 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         timeouts["shutdown_timeout"] = check_timeout("timeout_graceful_shutdown", config.timeout_graceful_shutdown)
 
     for name in ("uds", "fd", "http2"):
-        if getattr(config, name, None) not in (None, False):
+        value = getattr(config, name, None)
+        if value is not None and value is not False:  # 0 is a descriptor
             raise TypeError(f"a uvicorn.Config with {name} cannot be served: {REFUSED[name]}")
-    passed_over = {"reload": config.reload, "workers": config.workers, "callback_notify": config.callback_notify}
-    said = [name for name, value in passed_over.items() if value not in (None, False, 1)]
-    if said:
+    senseless = {
+        "reload": config.reload,
+        "workers": config.workers > 1,
+        "callback_notify": config.callback_notify is not None,
+    }
+    if any(senseless.values()):
+        said = " and ".join(name for name, is_said in senseless.items() if is_said)
         warnings.warn(
-            f"of the uvicorn.Config, {' and '.join(said)} make no sense inside a running program: passed over",
+            f"what the uvicorn.Config says of {said} makes no sense inside a running program, and is passed over",
             stacklevel=_CALLER,
         )
     return Settings(

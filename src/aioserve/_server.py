@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 
 from aioserve._options import check_timeout
-from aioserve._sockets import url_of
 
 if TYPE_CHECKING:
     import socket
@@ -47,14 +46,12 @@ class Server:
     All but `close()` is for the event loop in which it was started.
     """
 
-    def __init__(self, engine: Engine, sockets: list[socket.socket]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._sockets = sockets
         self._loop = asyncio.get_running_loop()
-        self._urls = [url_of(sock, "https" if engine.config.ssl else "http") for sock in sockets]
-        self._host, self._port = sockets[0].getsockname()[:2]
+        self._host, self._port = engine.sockets[0].getsockname()[:2]
         engine.lifespan.state["aioserve"] = self
-        self._task = self._loop.create_task(engine.serve(sockets), name=f"aioserve {self.url}")
+        self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
 
     @property
     def url(self) -> str:
@@ -63,12 +60,12 @@ class Server:
 
         A wildcard address becomes loopback; IPv6 stands in brackets. It stays when the server has closed.
         """
-        return self._urls[0]
+        return self._engine.urls[0]
 
     @property
     def urls(self) -> list[str]:
         """The same for every address that it listens on."""
-        return list(self._urls)
+        return list(self._engine.urls)
 
     @property
     def host(self) -> str:
@@ -83,7 +80,7 @@ class Server:
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
         """The listening sockets; none once it has stopped accepting. Look at them, but do not close them."""
-        return tuple(self._sockets) if self.is_serving() else ()
+        return tuple(self._engine.sockets) if self.is_serving() else ()
 
     @property
     def state(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     settings = parse(app, options)
     sockets = await listen(settings.host, settings.port, backlog=settings.config.backlog)
     try:
-        server = Server(Engine(settings), sockets)
+        server = Server(Engine(settings, sockets))
     except BaseException:
         for sock in sockets:
             sock.close()

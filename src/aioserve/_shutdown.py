@@ -37,11 +37,10 @@ async def shut_down(engine: Engine) -> None:
     # Stop accepting. What was accepted in this very turn becomes a connection in the next ones.
     engine.stop_accepting()
     await waiting.turns(SETTLING_TURNS)
+    engine.close_listeners()
 
-    # Finish. Closing what is idle takes a turn or two; only then it is worth a timer to wait for the rest.
+    # Finish.
     engine.finish_connections()
-    if not engine.is_quiet():
-        await waiting.turns(SETTLING_TURNS)
     quiet = await waiting.wait_for(engine.is_quiet, budget)
 
     # Force.

@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+TURNS_BEFORE_A_TIMER = 3
+
 
 class Waiting:
     """
@@ -39,7 +41,7 @@ class Waiting:
 
         Args:
             predicate: What is waited for; looked at once for each loop turn in which something changed.
-            timeout: In seconds; `None` for no limit. No timer is made when there is nothing to wait for.
+            timeout: In seconds; `None` for no limit.
             even_if_forced: Go on waiting when forced. Give a timeout with it.
         """
 
@@ -51,9 +53,12 @@ class Waiting:
             expired = True
             self._changed.set()
 
+        # Most things are over within a few loop turns, and then need no timer.
         expired = False
-        if over():
-            return predicate()
+        for _ in range(TURNS_BEFORE_A_TIMER):
+            if over():
+                return predicate()
+            await self.turns(1)
 
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, expire)
         try:

@@ -1,0 +1,163 @@
+"""
+Bad input gets a clear error, before anything starts; and what uvicorn can say, we can, or we say why not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import uvicorn
+
+from aioserve import Options, _options, serving, start
+from tests.apps import App
+from tests.clients import get
+
+OURS = {"host", "port", "lifespan", "startup_timeout", "shutdown_timeout", "factory"}
+BY_UVICORN = set(inspect.signature(uvicorn.Config).parameters) - {"app"}
+
+BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "misspelt": (App, {"prot": 8000}, TypeError, "no option 'prot'; did you mean 'port'?"),
+    "unheard of": (App, {"zzz": "red"}, TypeError, "no option 'zzz'$"),
+    "refused": (App, {"workers": 4}, TypeError, "'workers' .* no worker processes"),
+    "refused, there is another": (App, {"timeout_graceful_shutdown": 3}, TypeError, "use shutdown_timeout"),
+    "port too high": (App, {"port": 70000}, ValueError, "port must be from 0 to 65535, and 70000 is not"),
+    "port negative": (App, {"port": -1}, ValueError, "-1"),
+    "port a string": (App, {"port": "8000"}, TypeError, "port must be an int, not '8000'"),
+    "port a bool": (App, {"port": True}, TypeError, "port must be an int, not True"),
+    "host empty": (App, {"host": ""}, ValueError, "None is every interface"),
+    "host a number": (App, {"host": 127}, TypeError, "not 127"),
+    "host bytes": (App, {"host": b"127.0.0.1"}, TypeError, "not b'127.0.0.1'"),
+    "hosts none": (App, {"host": []}, ValueError, "empty sequence"),
+    "hosts a number": (App, {"host": ["127.0.0.1", 5]}, TypeError, "not 5"),
+    "host with a null": (App, {"host": "local\0host"}, ValueError, "null"),
+    "timeout negative": (App, {"shutdown_timeout": -1}, ValueError, "shutdown_timeout must not be negative"),
+    "timeout no number": (App, {"startup_timeout": "60"}, TypeError, "number of seconds or None, not '60'"),
+    "timeout nan": (App, {"startup_timeout": math.nan}, ValueError, "nan"),
+    "timeout a bool": (App, {"startup_timeout": True}, TypeError, "True"),
+    "lifespan": (App, {"lifespan": "of"}, ValueError, "lifespan must be one of 'auto', 'on', 'off', not 'of'"),
+    "interface": (App, {"interface": "asgi4"}, ValueError, "interface must be one of"),
+    "log level": (App, {"log_level": "loud"}, ValueError, "log_level must be one of"),
+    "protocol": (App, {"http": "h12"}, ValueError, "http must be one of"),
+    "key without certificate": (App, {"ssl_keyfile": "key.pem"}, TypeError, "ssl_keyfile needs ssl_certfile"),
+    "app none": (lambda: None, {}, TypeError, "must be an ASGI callable.*not None"),
+    "app no import string": (lambda: "tests.apps", {}, ValueError, "package.module:attribute.*'tests.apps' does not"),
+}
+
+
+@pytest.mark.parametrize(("app", "options", "error", "text"), BAD.values(), ids=BAD)
+async def test_bad_input_is_told_before_anything_starts(
+    app: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    """The error says what, with which value, and what to do."""
+    made = app()
+    with pytest.raises(error, match=text):
+        async with serving(made, **options):
+            raise AssertionError
+    if isinstance(made, App):
+        assert made.events == []
+
+
+def test_the_types_are_uvicorns_options_less_the_refused_ones() -> None:
+    """A new uvicorn may have new options; they are to be taken up, or refused with a reason."""
+    known = set(Options.__optional_keys__)
+    assert BY_UVICORN - known - set(_options.REFUSED) == set()
+    if tuple(map(int, uvicorn.__version__.split(".")[:2])) >= (0, 54):  # older ones lack some
+        assert known - BY_UVICORN == OURS - BY_UVICORN
+        assert set(_options.REFUSED) <= BY_UVICORN
+
+
+@pytest.mark.parametrize("name", sorted(_options.REFUSED))
+async def test_every_refusal_has_its_reason(name: str) -> None:
+    """It names the option and says why."""
+    with pytest.raises(TypeError, match=f"option '{name}' .*: {_options.REFUSED[name][:20]}"):
+        await start(App(), **{name: 1})  # type: ignore[misc]
+
+
+async def test_an_option_that_the_installed_uvicorn_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the version that is installed."""
+    monkeypatch.setattr(_options, "_config_parameters", lambda: {"host", "port"})
+    with pytest.raises(TypeError, match=f"'root_path' needs a newer uvicorn than the {uvicorn.__version__}"):
+        await start(App(), root_path="/api")
+
+
+async def test_no_limit_is_none_or_infinite() -> None:
+    """Both mean to wait as long as it takes."""
+    for timeout in (None, math.inf):
+        async with serving(App(), startup_timeout=timeout, shutdown_timeout=timeout) as server:
+            assert (await get(server)).text == "hello"
+
+
+async def test_uvicorns_options_reach_it() -> None:
+    """Here: a header of one's own, and no server header."""
+    async with serving(App(), headers=[("x-from", "aioserve")], server_header=False, date_header=False) as server:
+        response = await get(server)
+    assert response.headers["x-from"] == "aioserve"
+    assert "server" not in response.headers
+    assert "date" not in response.headers
+
+
+async def test_an_import_string_is_imported_and_a_factory_called() -> None:
+    """As on uvicorn's command line."""
+    async with serving("tests.apps:factory", factory=True) as server:
+        assert (await get(server)).text == "hello"
+    async with serving("tests.apps:without_lifespan") as server:
+        assert (await get(server)).text == "hello"
+
+
+async def test_a_config_keeps_its_word() -> None:
+    """Whoever has a uvicorn.Config changes only the line that runs it."""
+    app = App()
+    config = uvicorn.Config(app, host="127.0.0.2", port=0, headers=[("x-from", "config")], log_config=None)
+    async with serving(config) as server:
+        assert server.host == "127.0.0.2"
+        assert server.uvicorn.config is config
+        assert (await get(server)).headers["x-from"] == "config"
+
+
+async def test_a_config_can_be_served_twice() -> None:
+    """It is loaded once; each server runs the lifespan anew."""
+    app = App()
+    config = uvicorn.Config(app, port=0, log_config=None)
+    for _ in range(2):
+        async with serving(config) as server:
+            assert (await get(server)).text == "hello"
+    assert app.events.count("startup") == 2
+
+
+@pytest.mark.parametrize("name", ["host", "port", "lifespan", "factory", "root_path"])
+async def test_what_a_config_says_cannot_be_said_again(name: str) -> None:
+    """There would be two words for it."""
+    with pytest.raises(TypeError, match=f"{name} is for the uvicorn.Config"):
+        await start(uvicorn.Config(App(), log_config=None), **{name: "x"})  # type: ignore[misc]
+
+
+async def test_a_configs_graceful_shutdown_is_the_shutdown_timeout() -> None:
+    """Unless it is None; and then ours holds."""
+    config = uvicorn.Config(App(), port=0, log_config=None, timeout_graceful_shutdown=3)
+    assert _options.parse(config, {}).shutdown_timeout == 3
+    with pytest.raises(TypeError, match="in conflict"):
+        _options.parse(config, {"shutdown_timeout": 5})
+
+    config = uvicorn.Config(App(), port=0, log_config=None)
+    assert _options.parse(config, {}).shutdown_timeout == 10.0
+    assert _options.parse(config, {"shutdown_timeout": 5}).shutdown_timeout == 5
+
+
+async def test_what_makes_no_sense_in_a_config_is_passed_over_with_one_warning() -> None:
+    """The program goes on; it has been told."""
+    config = uvicorn.Config("tests.apps:without_lifespan", port=0, log_config=None, workers=2)
+    config.reload = True  # given to the constructor, it would look at the directories
+    with pytest.warns(UserWarning, match="reload and workers makes no sense") as warned:
+        async with serving(config) as server:
+            assert (await get(server)).text == "hello"
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("option", [{"uds": "/tmp/no.sock"}, {"fd": 0}])
+async def test_a_config_that_listens_on_something_else_is_refused(option: dict[str, Any]) -> None:
+    """Rather than served on another socket than it says."""
+    with pytest.raises(TypeError, match="only TCP"):
+        await start(uvicorn.Config(App(), log_config=None, **option))
