@@ -76,7 +76,8 @@ def what_is_there() -> dict[str, Any]:
     return {
         "threads": {thread.name for thread in threading.enumerate()},
         "sockets": open_sockets(),
-        "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        # SIGALRM is pytest-timeout's.
+        "signal handlers": {each: signal.getsignal(each) for each in signal.valid_signals() - {signal.SIGALRM}},
         "loggers": {name: what_logs(name) for name in ("", "aioserve", "uvicorn", "uvicorn.error", "uvicorn.access")},
         "warning filters": len(warnings.filters),
     }
@@ -101,13 +102,13 @@ def what_logs(name: str) -> tuple[object, ...]:
     return logger.level, logger.propagate, logger.disabled, handlers, list(logger.filters)
 
 
-def open_sockets() -> dict[int, str]:
-    """The sockets among the descriptors of this process, by number."""
-    found = {}
+def open_sockets() -> list[str]:
+    """The addresses of the sockets among the descriptors of this process; a loop's own are unnamed."""
+    found = []
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # the descriptor that listed the directory is gone
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 # A duplicate, so that closing it leaves the original alone.
                 with socket.socket(fileno=os.dup(int(name))) as sock:
-                    found[int(name)] = str(sock.getsockname())
-    return found
+                    found.append(str(sock.getsockname()))
+    return sorted(found)
