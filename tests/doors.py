@@ -31,9 +31,9 @@ async def by_serve(app: Any, body: Body, **options: Any) -> None:
     class Started(TaskStatus[Server]):
         def started(self, value: Server | None = None) -> None:
             assert value is not None
-            coroutine = body(value)
+            coroutine: Any = body(value)
             try:
-                coroutine.__await__().send(None)  # type: ignore[attr-defined]
+                coroutine.__await__().send(None)
             except StopIteration:
                 pass
 

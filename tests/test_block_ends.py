@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
 
 import anyio
 import pytest
@@ -32,9 +30,7 @@ CAUSES = (
 SHUTDOWNS = ("completes", "raises", "fails", "hangs")
 
 IMPOSSIBLE: dict[tuple[str, str, str], str] = {
-    **{
-        ("serve", "raises", shutdown): "serve() has no body of the user's that could raise" for shutdown in SHUTDOWNS
-    },
+    **{("serve", "raises", shutdown): "serve() has no body of the user's that could raise" for shutdown in SHUTDOWNS},
     **{
         (door, "loses its server", shutdown): "a lifespan that has died cannot be shut down"
         for door in DOORS
@@ -152,7 +148,9 @@ async def test_what_comes_out_of_a_block(
             heard = None
             assert run.outcome is run.body_error
             assert getattr(run.body_error, "__notes__", []) == (
-                [] if shutdown == "completes" else [f"aioserve: the server failed as well: ShutdownError: {server_error}"]
+                []
+                if shutdown == "completes"
+                else [f"aioserve: the server failed as well: ShutdownError: {server_error}"]
             )
         case "loses its server":
             heard = server_error

@@ -16,12 +16,14 @@ from aioserve import ServerCrashedError, serving, start
 from tests.apps import App
 from tests.clients import connect, get
 
+CRASHED = "the app's lifespan died while it was serving: AppError: the app's own"
+
 pytestmark = pytest.mark.usefixtures("short_grace")
 
 
 async def test_the_body_unwinds_first_and_its_server_still_answers() -> None:
     """A `finally` in the block can call the server that the block is about."""
-    answers = []
+    answers: list[str] = []
 
     async def block() -> None:
         async with serving(App()) as server:
@@ -160,7 +162,7 @@ async def test_a_crash_cancels_the_body_and_nobody_else_notices() -> None:
     await asyncio.sleep(0)
     assert seen == ["cancelled"]
     assert caught.value.__cause__ is app.error
-    assert str(caught.value) == "the app's lifespan died while it was serving: AppError: the app's own"
+    assert str(caught.value) == CRASHED
 
 
 async def test_a_body_that_swallows_the_crash_hears_of_it_all_the_same() -> None:
@@ -191,8 +193,7 @@ async def test_a_body_that_raises_instead_wins_over_the_crash(caplog: pytest.Log
                 raise KeyError("the body's") from None
 
     assert caught.value.__notes__ == [
-        "aioserve: the server failed as well: ServerCrashedError: the app's lifespan died while it was serving: "
-        "AppError: the app's own"
+        f"aioserve: the server failed as well: ServerCrashedError: {CRASHED}",
     ]
     assert "the app's lifespan died" in caplog.text
 

@@ -215,10 +215,8 @@ async def test_a_crash_during_the_stop_is_a_failed_shutdown() -> None:
     assert caught.value.__cause__ is app.error
 
 
-
 async def test_the_lifespan_shares_the_context_of_the_starter() -> None:
     """It and the handlers see the context variables of the task that started the server, and can change none."""
-
 
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
     seen = []

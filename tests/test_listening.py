@@ -41,7 +41,7 @@ async def test_by_default_it_listens_on_this_machine_only() -> None:
         ("127.0.0.1", ["http://127.0.0.1:{}"]),
         ("::1", ["http://[::1]:{}"]),
         ("localhost", ["http://127.0.0.1:{}", "http://[::1]:{}"]),
-        ("0.0.0.0", ["http://127.0.0.1:{}"]),
+        ("0.0.0.0", ["http://127.0.0.1:{}"]),  # noqa: S104 (for the length of a test)
         ("::", ["http://[::1]:{}"]),
         (None, ["http://127.0.0.1:{}", "http://[::1]:{}"]),
         (["127.0.0.1", "127.0.0.2", "::1"], ["http://127.0.0.1:{}", "http://127.0.0.2:{}", "http://[::1]:{}"]),
@@ -124,9 +124,7 @@ async def test_port_zero_gives_up_in_the_end(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("host", ["localhost", None], ids=str)
 @pytest.mark.parametrize("lacking", [socket.AF_INET, socket.AF_INET6])
-async def test_a_machine_may_lack_one_family(
-    host: str | None, lacking: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_machine_may_lack_one_family(host: str | None, lacking: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that stands for both is served on the other one."""
     listen_on = _sockets._listen_on
 

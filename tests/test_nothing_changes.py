@@ -92,13 +92,12 @@ async def test_a_handler_that_exits_does_not_take_the_program_down(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     """uvicorn answers with 500 and logs it."""
-    app = App()
 
-    async def request(*args: object) -> None:
-        raise error
+    class Exiting(App):
+        async def request(self, *args: object) -> None:
+            raise error
 
-    app.request = request  # type: ignore[method-assign]
-    async with serving(app) as server:
+    async with serving(Exiting()) as server:
         assert (await get(server)).status_code == 500
         assert server.is_serving()
     assert "Exception in ASGI application" in caplog.text

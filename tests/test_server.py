@@ -229,11 +229,12 @@ async def test_serve_in_an_asyncio_task_group() -> None:
 
 def test_outside_asyncio_it_says_so() -> None:
     """In one sentence, with what to do; and leaves nothing half made."""
+
     async def main() -> None:
         async with serving(App()):
             raise AssertionError
 
-    with pytest.raises(RuntimeError, match='needs a running asyncio event loop.*backend="asyncio"'):
+    with pytest.raises(RuntimeError, match=r'needs a running asyncio event loop.*backend="asyncio"'):
         trio.run(main)
 
 

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from websockets.asyncio.client import connect as connect_websocket
 
-from aioserve import _engine, serving, start
+from aioserve import ServerCrashedError, _engine, serving, start
 from tests.apps import App
 from tests.clients import connect, get
 
@@ -92,7 +92,7 @@ async def test_the_limit_of_requests_is_obeyed_at_the_very_request(caplog: pytes
 async def test_the_date_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for the first request after a long time without a connection, when no timer has kept it."""
     now = [time.time()]
-    monkeypatch.setattr(_engine.time, "time", lambda: now[0])
+    monkeypatch.setattr("aioserve._engine.time.time", lambda: now[0])
 
     def shown(response: Any) -> float:
         return email.utils.parsedate_to_datetime(response.headers["date"]).timestamp()
@@ -112,7 +112,7 @@ async def test_the_date_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_date_is_kept_right_while_somebody_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     """By one timer a second, however many connections there are."""
     now = [time.time()]
-    monkeypatch.setattr(_engine.time, "time", lambda: now[0])
+    monkeypatch.setattr("aioserve._engine.time.time", lambda: now[0])
 
     async with serving(App()) as server, connect(server) as one, connect(server) as two:
         for connection in (one, two):
@@ -165,7 +165,7 @@ async def test_a_bug_of_ours_takes_down_neither_the_program_nor_the_port(monkeyp
         raise ZeroDivisionError
 
     monkeypatch.setattr(_engine, "shut_down", broken)
-    with pytest.raises(_engine.ServerCrashedError, match="while it was stopping: ZeroDivisionError"):
+    with pytest.raises(ServerCrashedError, match="while it was stopping: ZeroDivisionError"):
         async with serving(App()) as server:
             pass
     with pytest.raises(ConnectionRefusedError):

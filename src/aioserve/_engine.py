@@ -74,7 +74,7 @@ class Engine(uvicorn.Server):
 
         limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
         self.server_state = _State(self) if limit is None else _LimitedState(self, limit)
-        self.lifespan = Lifespan(
+        self.lifespan: Lifespan = Lifespan(
             settings.config.loaded_app,
             mode=settings.config.lifespan,
             asgi_version=settings.config.asgi_version,
@@ -87,6 +87,7 @@ class Engine(uvicorn.Server):
         self._accepting = False
         self.over = False
         self._watched: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
         self._date_timer: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -100,7 +101,7 @@ class Engine(uvicorn.Server):
         try:
             await self._serve_until_asked()
             await shut_down(self)
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 (nothing may leave our task)
             self._fail("the server's own task failed while it was stopping", exc)
         finally:
             self._clean_up()
@@ -112,7 +113,7 @@ class Engine(uvicorn.Server):
         except (StartupError, OSError) as exc:
             self.error = exc
             return
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 (the same)
             self._fail("the server's own task failed while it was starting", exc)
             return
         self.started = True
@@ -244,7 +245,7 @@ class Engine(uvicorn.Server):
 
     def _handlers(self) -> set[asyncio.Task[Any]]:
         """The tasks that are left of the handlers; their ends are noticed from here on."""
-        tasks = self.server_state.tasks | self.server_state.background
+        tasks: set[asyncio.Task[Any]] = self.server_state.tasks | self._background
         for task in tasks - self._watched:
             task.add_done_callback(self._handler_done)
         self._watched |= tasks
@@ -257,13 +258,13 @@ class Engine(uvicorn.Server):
     def _finish(self, connection: Any) -> None:
         background = getattr(connection, "handler_task", None)
         if background is not None and not background.done():
-            self.server_state.background.add(background)
-            background.add_done_callback(self.server_state.background.discard)
+            self._background.add(background)
+            background.add_done_callback(self._background.discard)
         if connection.transport.is_closing():
             return
         try:
             connection.shutdown()
-        except Exception:
+        except Exception:  # noqa: BLE001
             # The protocol is in no state to say goodbye, as h11 after a request that was none.
             connection.transport.abort()
 
@@ -345,7 +346,6 @@ class _State(ServerState):
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.connections = _Connections(engine)
-        self.background: set[asyncio.Task[Any]] = set()
 
 
 class _LimitedState(_State):
@@ -423,5 +423,3 @@ def load(config: uvicorn.Config) -> None:
         raise StartupError(f"cannot load {app}: its factory is a coroutine function, and must be a plain one")
     if not callable(loaded):
         raise StartupError(f"cannot load {app}: it is no ASGI app, but {loaded!r}")
-
-

@@ -141,7 +141,7 @@ class Lifespan:
         self.task = asyncio.current_task()  # an eager task runs before its maker has it
         try:
             await self._app(self._scope, self._receive, self._send)
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001
             # SystemExit and KeyboardInterrupt too: out of a task they would stop the loop, and with it the program.
             self.error = exc
         finally:
@@ -192,5 +192,3 @@ def _describe(what: str, error: BaseException | None, message: str | None = None
     if error is not None:
         return f"the app's lifespan {what}: {type(error).__name__}: {error}"
     return f"the app's lifespan {what}: {message}" if message else f"the app's lifespan {what}, and did not say why"
-
-

@@ -6,22 +6,20 @@ Everything that can be known to be wrong before anything starts is found here, a
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import difflib
 import math
+import os
 import ssl
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from configparser import RawConfigParser
+from typing import IO, Any, Literal, TypeAlias, TypedDict
 
 import uvicorn
 
-if TYPE_CHECKING:
-    import asyncio
-    import os
-    from configparser import RawConfigParser
-
-    from aioserve._sockets import Host
+from aioserve._sockets import Host
 
 Scope: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]

@@ -49,6 +49,8 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
+        self._host: str
+        self._port: int
         self._host, self._port = engine.sockets[0].getsockname()[:2]
         engine.lifespan.state["aioserve"] = self
         self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
@@ -236,7 +238,9 @@ class Server:
             raise RuntimeError(f"{called} is for the event loop that the server runs in; from elsewhere use close()")
         caller = asyncio.current_task()
         if caller in self._engine.server_state.tasks or caller is self._engine.lifespan.task:
-            raise RuntimeError(f"{called} in a request or the lifespan of this server would wait for itself; use close()")
+            raise RuntimeError(
+                f"{called} in a request or the lifespan of this server would wait for itself; use close()"
+            )
 
     def __repr__(self) -> str:
         if self._engine.over:

@@ -44,6 +44,7 @@ class Waiting:
             timeout: In seconds; `None` for no limit.
             even_if_forced: Go on waiting when forced. Give a timeout with it.
         """
+        expired = False
 
         def over() -> bool:
             return predicate() or expired or (self.forced and not even_if_forced)
@@ -53,14 +54,15 @@ class Waiting:
             expired = True
             self._changed.set()
 
-        # Most things are over within a few loop turns, and then need no timer.
-        expired = False
-        for _ in range(TURNS_BEFORE_A_TIMER):
-            if over():
-                return predicate()
-            await self.turns(1)
+        timer = None
+        if timeout is not None:
+            # Most things are over within a few loop turns, and then need no timer.
+            for _ in range(TURNS_BEFORE_A_TIMER):
+                if over():
+                    return predicate()
+                await self.turns(1)
+            timer = asyncio.get_running_loop().call_later(timeout, expire)
 
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, expire)
         try:
             while not over():
                 self._changed.clear()

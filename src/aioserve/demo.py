@@ -1,0 +1,189 @@
+"""
+The idea in one screen: an asyncio program with a web server inside.
+
+    python -m aioserve.demo
+
+A worker counts; an app shows the count as JSON, as an endless stream of events and over a WebSocket; a client calls all
+three. The worker, the server and the client are coroutines of one loop. Then the page is yours, until Ctrl+C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+try:
+    import httpx
+    from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
+    from fastapi.responses import HTMLResponse, StreamingResponse
+    from websockets.asyncio.client import connect
+except ImportError as exc:
+    sys.exit(f"The demo needs {exc.name}, which the extra `demo` installs: pip install '.[demo]'")
+
+from aioserve import Server, serving
+
+
+class Worker:
+    """What the program is really about: here, it counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._counted = asyncio.Event()
+
+    async def run(self) -> None:
+        """Count for ever."""
+        while True:
+            await asyncio.sleep(0.1)
+            self.count += 1
+            self._counted.set()
+            self._counted = asyncio.Event()
+
+    async def counted(self, server: Server) -> None:
+        """Wait for the next count, or for the server's stop."""
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self._counted, server.stopping)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
+def make_app(worker: Worker) -> FastAPI:
+    """Make the app; it and the worker share their objects, since they share a loop."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, float]]:
+        print("  app: started")
+        yield {"since": time.time()}
+        print("  app: shut down, after the last request")
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE)
+
+    @app.get("/count")
+    async def count(request: Request) -> dict[str, Any]:
+        return {"count": worker.count, "since": request.state.since, "served": request.state.aioserve.stats.served}
+
+    @app.get("/events")
+    async def events(request: Request) -> StreamingResponse:
+        server: Server = request.state.aioserve
+
+        async def counts() -> AsyncIterator[str]:
+            while not server.stopping.is_set():  # an endless stream, which ends when the server is to
+                yield f"data: {worker.count}\n\n"
+                await worker.counted(server)
+
+        return StreamingResponse(counts(), media_type="text/event-stream")
+
+    @app.websocket("/echo")
+    async def echo(websocket: WebSocket) -> None:
+        await websocket.accept()
+        with contextlib.suppress(WebSocketDisconnect):
+            while True:
+                await websocket.send_text(f"{await websocket.receive_text()} ({worker.count})")
+
+    return app
+
+
+async def call_everything(server: Server) -> None:
+    """Be a client of the server, in the server's own loop."""
+    async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+        print("  GET /count:     ", (await client.get("/count")).text)
+        async with client.stream("GET", "/events") as response:
+            lines = (line async for line in response.aiter_lines() if line)
+            print("  GET /events:    ", ", ".join([await anext(lines) for _ in range(3)]), "...")
+    async with connect(server.url.replace("http", "ws") + "/echo", proxy=None) as websocket:
+        await websocket.send("hello")
+        print("  WebSocket /echo:", await websocket.recv())
+
+
+async def main(port: int, *, once: bool) -> None:
+    """Run the worker, the server and the client in one loop."""
+    worker = Worker()
+    working = asyncio.create_task(worker.run())
+    try:
+        before = time.perf_counter()
+        async with serving(make_app(worker), port=port) as server:
+            print(f"started in {milliseconds(before)}, first imports included: {server.url}")
+            try:
+                await call_everything(server)
+                if not once:
+                    print(f"open {server.url} in a browser; Ctrl+C stops")
+                    await server.wait_closed()
+            finally:
+                before = time.perf_counter()
+        print(f"stopped in {milliseconds(before)}")
+    except asyncio.CancelledError:
+        print(f"stopped in {milliseconds(before)}")
+        raise
+    finally:
+        working.cancel()
+
+
+def milliseconds(since: float) -> str:
+    """Tell how long ago that was."""
+    return f"{(time.perf_counter() - since) * 1000:.1f} ms"
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>aioserve</title>
+<style>
+  body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem }
+  output { font-weight: 600; font-variant-numeric: tabular-nums }
+  code { background: #eee; padding: 0 .3em; border-radius: .2em }
+  @media (prefers-color-scheme: dark) { body { background: #111; color: #ddd } code { background: #333 } }
+</style>
+<h1>One loop, three conversations</h1>
+<p>A worker counts; this page hears of it in three ways. All of it is one asyncio program.</p>
+<ul>
+  <li><code>GET /count</code>, asked once a second: <output id="count">…</output>
+  <li><code>GET /events</code>, an endless stream: <output id="events">…</output>
+  <li><code>WebSocket /echo</code>, answered once a second: <output id="echo">…</output>
+</ul>
+<p>Stop the program, and the stream ends and the WebSocket closes with <code>1012</code>; start it on the same port,
+and this page goes on.</p>
+<script>
+  const show = (id, text) => document.getElementById(id).textContent = text
+  const lost = "no server"
+
+  setInterval(async () => {
+    try { show("count", (await (await fetch("count")).json()).count) } catch { show("count", lost) }
+  }, 1000)
+
+  const events = new EventSource("events")
+  events.onmessage = event => show("events", event.data)
+  events.onerror = () => show("events", lost)
+
+  const connect = () => {
+    const socket = new WebSocket(location.href.replace("http", "ws") + "echo")
+    const asking = setInterval(() => socket.readyState === WebSocket.OPEN && socket.send("hello"), 1000)
+    socket.onmessage = event => show("echo", event.data)
+    socket.onclose = event => {
+      clearInterval(asking)
+      show("echo", `closed: ${event.code}`)
+      setTimeout(connect, 1000)
+    }
+  }
+  connect()
+</script>
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m aioserve.demo", description="A program with a server inside.")
+    parser.add_argument("--port", type=int, default=0, help="the port to serve on; 0, the default, takes a free one")
+    parser.add_argument("--once", action="store_true", help="end after the calls, without waiting for a browser")
+    arguments = parser.parse_args()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(arguments.port, once=arguments.once))
