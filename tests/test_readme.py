@@ -1,0 +1,133 @@
+"""
+The README keeps its word: its examples run, and print what it says they print.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import doctest
+import inspect
+import io
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sybil import Document, Example
+from sybil.parsers.markdown import CodeBlockParser
+
+import aioserve
+from aioserve import _options
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+class Evaluator:
+    """
+    Runs Python blocks, with `await` at their top level as in a notebook, and compares what they print with the text
+    block that follows; hands blocks with tests in them to pytest.
+    """
+
+    def __init__(self, runner: asyncio.Runner, path: Path) -> None:
+        self.runner = runner
+        self.path = path
+        self.printed = ""
+
+    def python(self, example: Example) -> None:
+        if "def test_" in example.parsed:
+            self.run_tests(example.parsed)
+            return
+        source = "\n" * example.parsed.line_offset + example.parsed
+        code = compile(source, str(README), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            if code.co_flags & inspect.CO_COROUTINE:
+                self.runner.run(eval(code, example.namespace))  # noqa: S307 (our own README)
+            else:
+                exec(code, example.namespace)  # noqa: S102
+        self.printed = out.getvalue()
+
+    def run_tests(self, source: str) -> None:
+        (self.path / "test_example.py").write_text(source)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(self.path)]
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 0, done.stdout
+
+    def text(self, example: Example) -> str | None:
+        if doctest.OutputChecker().check_output(example.parsed, self.printed, doctest.ELLIPSIS):
+            return None
+        return f"Expected:\n{example.parsed}\nPrinted:\n{self.printed}"
+
+
+def sections() -> dict[str, str]:
+    """The README by its headings; each section stands on its own."""
+    _, *parts = re.split(r"^#+ (.*)$", README.read_text(), flags=re.MULTILINE)
+    code = {heading: text for heading, text in zip(parts[::2], parts[1::2], strict=True) if "```python" in text}
+    assert len(code) == 10
+    return code
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """Undo what an example may do to the whole program: it shows how."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = sys.stderr, [(logger, logger.level, logger.propagate) for logger in loggers]
+    yield
+    sys.stderr, states = before
+    for logger, level, propagate in states:
+        logger.handlers.clear()
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@pytest.mark.usefixtures("as_it_was")
+@pytest.mark.parametrize("text", sections().values(), ids=sections())
+def test_an_example_prints_what_the_readme_says(text: str, tmp_path: Path) -> None:
+    """And a block of tests passes."""
+    with asyncio.Runner() as runner:
+        evaluator = Evaluator(runner, tmp_path)
+        parsers = [CodeBlockParser("python", evaluator.python), CodeBlockParser("text", evaluator.text)]
+        document = Document(text, str(README))
+        for parser in parsers:
+            for region in parser(document):
+                document.add(region)
+        document.namespace["run_everything_else"] = everything_else
+        for example in document.examples():
+            example.evaluate()
+
+
+async def everything_else(server: aioserve.Server) -> None:
+    """Stand for the program of the first example."""
+    import httpx
+
+    async with httpx.AsyncClient() as client:
+        print((await client.get(server.url)).text)
+
+
+def test_the_options_in_the_readme_are_the_options_there_are() -> None:
+    """With their defaults."""
+    section = README.read_text().split("## Three doors")[1].split("\n## ")[0]
+    rows: dict[str, str] = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section, flags=re.MULTILINE))
+    assert set(rows) == {"host", "port", "lifespan", "startup_timeout", "shutdown_timeout", "factory"}
+    settings = _options.parse(lambda: None, {})
+    defaults: dict[str, Any] = {name: ast.literal_eval(value) for name, value in rows.items()}
+    for name in ("host", "port", "startup_timeout", "shutdown_timeout"):
+        assert getattr(settings, name) == defaults[name]
+    for name in ("lifespan", "factory"):
+        assert getattr(settings.config, name) == defaults[name]
+
+
+def test_the_names_in_the_readme_are_public() -> None:
+    """Every error and every member of Server that it mentions."""
+    text = README.read_text()
+    for name in set(re.findall(r"`(\w+Error)`", text)) - {"OSError"}:
+        assert name in aioserve.__all__
+    members = text.split("A `Server` has ")[1].split("\nHandlers")[0]
+    for name in re.findall(r"`(?:await )?(\w+)(?:\(\))?`", members):
+        assert hasattr(aioserve.Server, name)
