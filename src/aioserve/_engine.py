@@ -61,8 +61,8 @@ class Engine(uvicorn.Server):
     """Called when the server dies in the middle of serving, from its own task."""
 
     def __init__(self, settings: Settings, sockets: Sequence[socket.socket]) -> None:
-        self.stopping = anyio.Event()
-        self.waiting = Waiting()
+        self.stopping: anyio.Event = anyio.Event()
+        self.waiting: Waiting = Waiting()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.servers: list[asyncio.Server] = []
 
@@ -70,10 +70,10 @@ class Engine(uvicorn.Server):
         load(settings.config)
         self.settings = settings
         self.sockets = sockets
-        self.urls = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]
+        self.urls: list[str] = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]
 
         limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
-        self.server_state = _State(self) if limit is None else _LimitedState(self, limit)
+        self.server_state: _State = _State(self) if limit is None else _LimitedState(self, limit)
         self.lifespan: Lifespan = Lifespan(
             settings.config.loaded_app,
             mode=settings.config.lifespan,
@@ -85,7 +85,7 @@ class Engine(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._running = False
         self._accepting = False
-        self.over = False
+        self.over: bool = False
         self._watched: set[asyncio.Task[Any]] = set()
         self._background: set[asyncio.Task[Any]] = set()
         self._date_timer: asyncio.TimerHandle | None = None
@@ -345,7 +345,7 @@ class _State(ServerState):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self.connections = _Connections(engine)
+        self.connections: _Connections = _Connections(engine)
 
 
 class _LimitedState(_State):
@@ -381,8 +381,8 @@ class _Connections(set[Any]):
         super().discard(connection)
         self._engine.connection_removed(connection)
 
-    # WebSocket protocols call this one.
-    remove = discard
+    def remove(self, connection: Any) -> None:
+        self.discard(connection)
 
 
 def load(config: uvicorn.Config) -> None:

@@ -28,9 +28,9 @@ class Lifespan:
     """
 
     # How long a lifespan that has been cancelled, or that is to end by force, may take to end: seconds.
-    grace = 1.0
+    grace: float = 1.0
 
-    should_exit = False
+    should_exit: bool = False
     """As in uvicorn's class: whether the program should exit for it. It never should for ours."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Lifespan:
         self._told = False  # it has taken lifespan.shutdown
         self._spent = False  # it asks for more, and there is no more
         self._abandoned = False  # we have cancelled it
-        self.over = mode == "off"
+        self.over: bool = mode == "off"
 
     @property
     def died(self) -> bool:

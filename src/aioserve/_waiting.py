@@ -23,7 +23,7 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self.forced = False
+        self.forced: bool = False
         self._changed = asyncio.Event()
 
     def notify(self) -> None:

@@ -22,8 +22,8 @@ try:
     from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
     from fastapi.responses import HTMLResponse, StreamingResponse
     from websockets.asyncio.client import connect
-except ImportError as exc:
-    sys.exit(f"The demo needs {exc.name}, which the extra `demo` installs: pip install '.[demo]'")
+except ImportError as _missing:
+    sys.exit(f"The demo needs {_missing.name}, which the extra `demo` installs: pip install '.[demo]'")
 
 from aioserve import Server, serving
 
@@ -32,7 +32,7 @@ class Worker:
     """What the program is really about: here, it counts."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self._counted = asyncio.Event()
 
     async def run(self) -> None:
@@ -133,7 +133,7 @@ def milliseconds(since: float) -> str:
     return f"{(time.perf_counter() - since) * 1000:.1f} ms"
 
 
-PAGE = """\
+PAGE: str = """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -180,10 +180,15 @@ and this page goes on.</p>
 """
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """Run the demo as its arguments say."""
     parser = argparse.ArgumentParser(prog="python -m aioserve.demo", description="A program with a server inside.")
     parser.add_argument("--port", type=int, default=0, help="the port to serve on; 0, the default, takes a free one")
     parser.add_argument("--once", action="store_true", help="end after the calls, without waiting for a browser")
     arguments = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main(arguments.port, once=arguments.once))
+
+
+if __name__ == "__main__":
+    command_line()

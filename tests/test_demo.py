@@ -1,0 +1,51 @@
+"""
+The main job in one command: the demo is run as its users run it.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+
+COMMAND = [sys.executable, "-W", "error", "-u", "-m", "aioserve.demo"]
+
+
+def test_once_it_calls_everything_and_ends() -> None:
+    """And prints what it got, where, and what start and stop took."""
+    done = subprocess.run([*COMMAND, "--once"], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.stderr == ""
+    assert done.returncode == 0
+    printed = re.sub(r"\d+\.\d ms", "0.0 ms", re.sub(r":\d{4,}", ":8000", done.stdout))
+    assert re.fullmatch(
+        r"""  app: started
+started in 0\.0 ms, first imports included: http://127\.0\.0\.1:8000
+  GET /count:      {"count":\d+,"since":[\d.]+,"served":\d+}
+  GET /events:     data: \d+, data: \d+, data: \d+ \.\.\.
+  WebSocket /echo: hello \(\d+\)
+  app: shut down, after the last request
+stopped in 0\.0 ms
+""",
+        printed,
+    )
+
+
+def test_otherwise_it_serves_its_page_until_ctrl_c() -> None:
+    """With an endless stream open all the time, which does not hold it up."""
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) as program:  # noqa: S603
+        assert program.stdout is not None
+        lines = []
+        for line in program.stdout:
+            lines.append(line)
+            if line.startswith("open http"):
+                break
+        url = lines[-1].split()[1]
+        with httpx.Client(base_url=url, trust_env=False) as client, client.stream("GET", "/events") as events:
+            assert next(events.iter_lines()).startswith("data: ")
+            assert "EventSource" in client.get("/").text
+            program.send_signal(signal.SIGINT)
+            assert "stopped in" in program.stdout.read()
+        assert program.wait() == 0
