@@ -12,9 +12,10 @@ from typing import Any
 import anyio
 import pytest
 
-from aioserve import ServerCrashedError, serving, start
+from aioserve import ServerCrashedError, StartupError, serving, start
 from tests.apps import App
 from tests.clients import connect, get
+from tests.conftest import open_sockets
 
 CRASHED = "the app's lifespan died while it was serving: AppError: the app's own"
 
@@ -338,8 +339,26 @@ async def test_cancelling_the_servers_own_task_only_forces() -> None:
     assert app.events == ["startup", "GET /hold", "cancelled /hold", "shutdown", "lifespan over"]
 
 
-def test_a_server_that_is_forgotten_ends_with_its_loop() -> None:
-    """`asyncio.run` cancels what is left; ours ends in order, and in time."""
+@pytest.mark.parametrize("turns", range(8))
+async def test_cancelling_the_servers_own_task_while_it_starts(turns: int) -> None:
+    """Even before its first step, when none of its code runs: the starter is told, or has its server, which closes."""
+    sockets = open_sockets()
+    before = asyncio.all_tasks()
+    starting = asyncio.create_task(start(App()))
+    while not (own := [task for task in asyncio.all_tasks() - before if task.get_name().startswith("aioserve http")]):
+        await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    own[0].cancel()
+    try:
+        await (await starting).wait_closed()
+    except StartupError:
+        pass  # it was too early to start
+    assert open_sockets() == sockets
+
+
+def test_a_server_that_is_forgotten_ends_with_its_loop(caplog: pytest.LogCaptureFixture) -> None:
+    """`asyncio.run` cancels what is left; ours ends in order, in time, and without a word."""
     app = App()
 
     async def main() -> None:
@@ -348,6 +367,7 @@ def test_a_server_that_is_forgotten_ends_with_its_loop() -> None:
     asyncio.run(main())
 
     assert app.events[-1] == "lifespan over"
+    assert [record for record in caplog.records if record.name == "aioserve"] == []
 
 
 async def test_wait_closed_only_watches() -> None:

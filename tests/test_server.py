@@ -5,7 +5,10 @@ What the user holds: asking it to close from anywhere, waiting for it, and what 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -62,6 +65,25 @@ async def test_another_thread_can_close_it() -> None:
         thread.start()
         await server.wait_closed()
         thread.join()
+
+
+async def test_a_signal_handler_can_close_it() -> None:
+    """Also while the loop sleeps, which it would go on to do."""
+    server: Server
+
+    def interrupt() -> None:
+        time.sleep(0.05)  # by now the loop is asleep; were it not, the test would only be easier to pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: server.close())
+    try:
+        async with serving(App()) as server:
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            await server.wait_closed()
+            thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_closing_after_the_loop_is_gone_is_no_mistake() -> None:

@@ -113,7 +113,7 @@ class Engine(uvicorn.Server):
         except (StartupError, OSError) as exc:
             self.error = exc
             return
-        except Exception as exc:  # noqa: BLE001 (the same)
+        except BaseException as exc:  # noqa: BLE001 (the same; the lifespan must be ended all the same)
             self._fail("the server's own task failed while it was starting", exc)
             return
         self.started = True
@@ -121,8 +121,15 @@ class Engine(uvicorn.Server):
         self._tell_starter()
 
         await self.waiting.wait_for(lambda: self.stopping.is_set() or self.lifespan.died)
-        if not self.stopping.is_set() and self.lifespan.died:
+        if self.lifespan.died and not self.stopping.is_set() and not self.waiting.forced:
             self._fail("the app's lifespan died while it was serving", self.lifespan.error)
+        self.close()
+
+    def ended(self, _: object) -> None:
+        """Make sure of the end; for the task that was cancelled before its first step, so that `serve()` never ran."""
+        if not self.over:
+            self.error = StartupError("the server's own task was cancelled before it had begun")
+            self._clean_up()
 
     async def _start_accepting(self) -> None:
         self._refresh_default_headers()
@@ -409,10 +416,12 @@ def load(config: uvicorn.Config) -> None:
     except SystemExit as exc:
         reason = exc.__context__
         raise StartupError(f"cannot load {app}: {reason or 'uvicorn gave no reason'}") from reason
-    except ssl.SSLError as exc:
-        exc.add_note(f"aioserve: the TLS options are ssl_certfile={config.ssl_certfile!r} and its like")
-        raise
     except Exception as exc:
+        if isinstance(exc, ssl.SSLError) and not hasattr(config, "ssl"):  # it comes before the app is imported
+            exc.add_note(
+                f"aioserve: this is about ssl_certfile={config.ssl_certfile!r} and the options that go with it"
+            )
+            raise
         raise StartupError(f"cannot load {app}: {type(exc).__name__}: {exc}") from exc
 
     loaded = config.loaded_app

@@ -54,6 +54,7 @@ class Server:
         self._host, self._port = engine.sockets[0].getsockname()[:2]
         engine.lifespan.state["aioserve"] = self
         self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
+        self._task.add_done_callback(engine.ended)
 
     @property
     def url(self) -> str:
@@ -121,7 +122,8 @@ class Server:
         """
         Ask for a graceful stop, and return at once.
 
-        It can be called at any time, any number of times, from a handler, from another task, from another thread.
+        It can be called at any time, any number of times: from a request's handler, from another task, from another
+        thread, from a signal handler.
         `wait_closed()` waits for the end.
 
         Args:
@@ -134,9 +136,10 @@ class Server:
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else self._loop.time() + seconds
-        if _running_loop() is self._loop:
+        if _running_loop() is self._loop and asyncio.current_task() is not None:
             self._engine.close(deadline)
             return
+        # Another thread; or a signal handler, which may have interrupted the loop in its sleep: it has to be woken up.
         try:
             self._loop.call_soon_threadsafe(self._engine.close, deadline)
         except RuntimeError:

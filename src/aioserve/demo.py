@@ -157,9 +157,11 @@ and this page goes on.</p>
   const show = (id, text) => document.getElementById(id).textContent = text
   const lost = "no server"
 
-  setInterval(async () => {
+  const ask = async () => {
     try { show("count", (await (await fetch("count")).json()).count) } catch { show("count", lost) }
-  }, 1000)
+    setTimeout(ask, 1000)
+  }
+  ask()
 
   const events = new EventSource("events")
   events.onmessage = event => show("events", event.data)
@@ -167,10 +169,13 @@ and this page goes on.</p>
 
   const connect = () => {
     const socket = new WebSocket(location.href.replace("http", "ws") + "echo")
-    const asking = setInterval(() => socket.readyState === WebSocket.OPEN && socket.send("hello"), 1000)
-    socket.onmessage = event => show("echo", event.data)
+    const hello = () => socket.readyState === WebSocket.OPEN && socket.send("hello")
+    socket.onopen = hello
+    socket.onmessage = event => {
+      show("echo", event.data)
+      setTimeout(hello, 1000)
+    }
     socket.onclose = event => {
-      clearInterval(asking)
       show("echo", `closed: ${event.code}`)
       setTimeout(connect, 1000)
     }
