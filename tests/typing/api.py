@@ -1,0 +1,74 @@
+"""
+How users' code is type-checked: this is not run, but has to pass mypy as it stands.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Unpack, assert_type
+
+import anyio
+import uvicorn
+from fastapi import FastAPI
+from starlette.applications import Starlette
+
+from aioserve import Options, Server, Stats, serve, serving, start
+
+
+async def plain_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Be an app without a framework."""
+
+
+async def doors() -> None:
+    """Take every kind of app, through every door."""
+    async with serving(FastAPI(), host=["127.0.0.1", "::1"], port=0, shutdown_timeout=None) as server:
+        assert_type(server, Server)
+    async with await start(Starlette(), lifespan="on", startup_timeout=1) as started:
+        assert_type(started, Server)
+    await serve(plain_app, access_log=False)
+    await serve("package.module:app", factory=True)
+    await serve(uvicorn.Config(plain_app), shutdown_timeout=0.5)
+    async with anyio.create_task_group() as task_group:
+        in_group: Server = await task_group.start(partial(serve, FastAPI(), port=8000))
+        assert_type(in_group.url, str)
+
+
+async def members(server: Server) -> None:
+    """Use all that a server has."""
+    assert_type(server.url, str)
+    assert_type(server.urls, list[str])
+    assert_type(server.host, str)
+    assert_type(server.port, int)
+    assert_type(server.sockets, tuple[socket.socket, ...])
+    assert_type(server.state, dict[str, Any])
+    assert_type(server.stats, Stats)
+    assert_type(server.stats.served, int)
+    assert_type(server.uvicorn, uvicorn.Server)
+    assert_type(server.is_serving(), bool)
+    await server.stopping.wait()
+    server.close(timeout=1.5)
+    await server.wait_closed()
+    await server.aclose()
+
+
+@asynccontextmanager
+async def my_serving(**options: Unpack[Options]) -> AsyncIterator[str]:
+    """Wrap it, and keep the types of its options."""
+    async with serving(FastAPI(), **options) as server:
+        yield server.url
+
+
+async def mistakes() -> None:
+    """See each of these refused; an ignore that is not needed is an error itself."""
+    async with serving(FastAPI(), prot=8000):  # type: ignore[call-arg]
+        pass
+    async with serving(FastAPI(), port="8000"):  # type: ignore[arg-type]
+        pass
+    async with serving(FastAPI(), lifespan="of"):  # type: ignore[arg-type]
+        pass
+    async with serving(FastAPI(), workers=2):  # type: ignore[call-arg]
+        pass
+    await start(None)  # type: ignore[arg-type]
