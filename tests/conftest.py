@@ -22,6 +22,14 @@ import uvloop
 
 from aioserve import _lifespan, _shutdown
 
+# For programs that are run as such; pyproject.toml says the same to pytest.
+WARNINGS_ARE_ERRORS = [
+    "-Werror",
+    "-Wignore:websockets.legacy is deprecated:DeprecationWarning",
+    "-Wignore:websockets.server.WebSocketServerProtocol is deprecated:DeprecationWarning",
+    "-Wignore:remove second argument of ws_handler:DeprecationWarning",
+]
+
 LOOPS = {
     "asyncio": ("asyncio", {}),
     "uvloop": ("asyncio", {"loop_factory": uvloop.new_event_loop}),
@@ -56,6 +64,9 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     before = what_is_there()
     yield
+    for thread in threading.enumerate():
+        if thread.name == "AnyIO worker thread":  # of a synchronous endpoint; it was told to end when its loop did
+            thread.join(timeout=10)
     gc.collect()
     assert what_is_there() == before
 

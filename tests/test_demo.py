@@ -11,7 +11,9 @@ import sys
 
 import httpx
 
-COMMAND = [sys.executable, "-W", "error", "-u", "-m", "aioserve.demo"]
+from tests.conftest import WARNINGS_ARE_ERRORS
+
+COMMAND = [sys.executable, *WARNINGS_ARE_ERRORS, "-u", "-m", "aioserve.demo"]
 
 
 def test_once_it_calls_everything_and_ends() -> None:

@@ -24,6 +24,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import aioserve
 from aioserve import _options
+from tests.conftest import WARNINGS_ARE_ERRORS
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -55,7 +56,7 @@ class Evaluator:
 
     def run_tests(self, source: str) -> None:
         (self.path / "test_example.py").write_text(source)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(self.path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WARNINGS_ARE_ERRORS, str(self.path)]
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)  # noqa: S603
         assert done.returncode == 0, done.stdout
 
