@@ -22,9 +22,9 @@ class App:
     Answers every path with "hello", and notes in `events` what its lifespan and its handlers go through.
 
     Args:
-        startup: What the lifespan does when it starts: "completes", "raises", "fails" (with startup.failed, and then
-            raises), "fails quietly" (and returns), "hangs", "raises early" (before receive()), "returns" (without a
-            word).
+        startup: What the lifespan does when it starts: "completes", "raises", "raises early" (before receive()),
+            "fails" (with startup.failed, and then raises), "fails quietly" (and returns), "fails without a word" (in
+            it), "fails and hangs", "hangs", "returns" (without a word).
         shutdown: What it does at its end: "completes", "raises", "fails" (with shutdown.failed), "hangs",
             "clings" (hangs, and swallows its cancellation until `release` is set), "receives on".
     """
@@ -66,6 +66,12 @@ class App:
             case "fails quietly":
                 await send({"type": "lifespan.startup.failed", "message": "as told"})
                 return
+            case "fails without a word":
+                await send({"type": "lifespan.startup.failed", "message": None})
+                return
+            case "fails and hangs":
+                await send({"type": "lifespan.startup.failed", "message": "as told"})
+                await asyncio.Event().wait()
             case "hangs":
                 await asyncio.Event().wait()
             case "returns":

@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
 import pytest
+from starlette.applications import Starlette
 
-from aioserve import ServerCrashedError, StartupError, serving, start
+from aioserve import ServerCrashedError, StartupError, serve, serving, start
 from tests.apps import App
 from tests.clients import connect, get
 from tests.conftest import open_sockets
+from tests.turns import after
 
 CRASHED = "the app's lifespan died while it was serving: AppError: the app's own"
+
+# Enough for a stop to come to where it waits for the handlers.
+MANY_TURNS = 30
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -54,8 +60,8 @@ async def test_a_cancelled_block_still_answers_what_is_in_flight(native: bool) -
             async with serving(app) as server, connect(server) as connection:
                 connection.ask("/hold")
                 await app.holding.wait()
-                asyncio.get_running_loop().call_soon(app.release.set)
-                asyncio.get_running_loop().call_soon(scope.cancel if not native else task.cancel)
+                after(1, task.cancel if native else scope.cancel)
+                after(MANY_TURNS, app.release.set)
                 await asyncio.Event().wait()
 
     scope = anyio.CancelScope()
@@ -94,7 +100,7 @@ async def test_a_first_cancellation_during_the_stop_does_not_force_it() -> None:
 
     def ending(task: asyncio.Task[None]) -> None:
         task.cancel()
-        asyncio.get_running_loop().call_soon(app.release.set)
+        after(MANY_TURNS, app.release.set)
 
     task = await stop_while_holding(app, ending)
 
@@ -108,13 +114,34 @@ async def test_a_second_cancellation_forces() -> None:
 
     def ending(task: asyncio.Task[None]) -> None:
         task.cancel()
-        asyncio.get_running_loop().call_soon(task.cancel)
+        after(1, task.cancel)
 
     task = await stop_while_holding(app, ending)
 
     assert task.cancelled()
     assert task.cancelling() == 2
     assert app.events == ["startup", "GET /hold", "cancelled /hold", "shutdown", "lifespan over"]
+
+
+async def test_a_second_cancellation_forces_wherever_the_first_one_struck() -> None:
+    """Here in the body, which made it the cause of the stop."""
+    app = App()
+
+    async def block() -> None:
+        async with serving(app, shutdown_timeout=None) as server:
+            connection = await stack.enter_async_context(connect(server))
+            connection.ask("/hold")
+            await asyncio.Event().wait()
+
+    async with contextlib.AsyncExitStack() as stack:
+        task = asyncio.create_task(block())
+        await app.holding.wait()
+        task.cancel()
+        after(MANY_TURNS, task.cancel)
+        await asyncio.wait({task})
+
+    assert task.cancelled()
+    assert "cancelled /hold" in app.events
 
 
 async def test_a_late_cancellation_keeps_the_bodys_exception_as_its_context() -> None:
@@ -126,7 +153,7 @@ async def test_a_late_cancellation_keeps_the_bodys_exception_as_its_context() ->
         async with serving(app) as server, connect(server) as connection:
             connection.ask("/hold")
             await app.holding.wait()
-            asyncio.get_running_loop().call_later(0, late)
+            after(MANY_TURNS, late)
             raise error
 
     def late() -> None:
@@ -242,7 +269,7 @@ async def test_a_cancellation_wins_over_a_crash(caplog: pytest.LogCaptureFixture
     assert "the app's lifespan died" in caplog.text
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", range(16))
 async def test_a_scope_and_a_crash_in_the_same_moment(turns: int) -> None:
     """The scope knows its own cancellation again, also when it and the crash came as one."""
     app = App()
@@ -254,11 +281,7 @@ async def test_a_scope_and_a_crash_in_the_same_moment(turns: int) -> None:
         with scope:
             async with serving(app):
                 app.crash.set()
-                loop = asyncio.get_running_loop()
-                cancel: Callable[[], object] = scope.cancel
-                for _ in range(turns):
-                    cancel = (lambda later: lambda: loop.call_soon(later))(cancel)
-                loop.call_soon(cancel)
+                after(turns, scope.cancel)
                 await asyncio.Event().wait()
         passed = True
 
@@ -278,16 +301,20 @@ async def test_a_task_that_was_cancelled_before_can_still_serve() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            with pytest.raises(ServerCrashedError):
+            try:
                 async with serving(app):
                     app.crash.set()
                     await asyncio.Event().wait()
+            except ServerCrashedError as exc:
+                crashes.append(exc)
 
+    crashes: list[ServerCrashedError] = []
     task = asyncio.create_task(block())
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert len(crashes) == 1
     assert task.cancelling() == 1
 
 
@@ -339,6 +366,50 @@ async def test_cancelling_the_servers_own_task_only_forces() -> None:
     assert app.events == ["startup", "GET /hold", "cancelled /hold", "shutdown", "lifespan over"]
 
 
+@pytest.mark.parametrize("turns", range(4))
+async def test_cancelling_the_lifespans_task_while_it_starts(turns: int) -> None:
+    """Even before its first step: it has failed to start, and nobody waits for the timeout."""
+    starting = asyncio.create_task(start(App(), startup_timeout=None))
+    while not (lifespan := [task for task in asyncio.all_tasks() if task.get_name() == "aioserve lifespan"]):
+        await asyncio.sleep(0)
+    after(turns, lifespan[0].cancel)
+    try:
+        server = await starting
+    except StartupError as exc:
+        cause = exc.__cause__
+    else:
+        with pytest.raises(ServerCrashedError) as caught:
+            await server.wait_closed()
+        cause = caught.value.__cause__
+    assert isinstance(cause, asyncio.CancelledError)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_eager_tasks_find_everything_in_its_place() -> None:
+    """The lifespan runs before `start()` has got hold of its own task."""
+    watching: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        server = scope["state"]["aioserve"]
+        assert "starting" in repr(server)
+        watching.append(asyncio.create_task(server.wait_closed()))
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            await server.aclose()
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 (mypy looks with the oldest Python)
+    try:
+        async with serving(app) as server:
+            assert server.is_serving()
+        await asyncio.wait(watching)
+    finally:
+        loop.set_task_factory(None)
+
+
 @pytest.mark.parametrize("turns", range(8))
 async def test_cancelling_the_servers_own_task_while_it_starts(turns: int) -> None:
     """Even before its first step, when none of its code runs: the starter is told, or has its server, which closes."""
@@ -347,9 +418,7 @@ async def test_cancelling_the_servers_own_task_while_it_starts(turns: int) -> No
     starting = asyncio.create_task(start(App()))
     while not (own := [task for task in asyncio.all_tasks() - before if task.get_name().startswith("aioserve http")]):
         await asyncio.sleep(0)
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    own[0].cancel()
+    after(turns, own[0].cancel)
     try:
         await (await starting).wait_closed()
     except StartupError:
@@ -357,16 +426,31 @@ async def test_cancelling_the_servers_own_task_while_it_starts(turns: int) -> No
     assert open_sockets() == sockets
 
 
-def test_a_server_that_is_forgotten_ends_with_its_loop(caplog: pytest.LogCaptureFixture) -> None:
-    """`asyncio.run` cancels what is left; ours ends in order, in time, and without a word."""
-    app = App()
+@pytest.mark.parametrize("door", ["start", "serve"])
+def test_a_server_that_is_forgotten_ends_with_its_loop(door: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`asyncio.run` cancels what is left; our lifespan is told of the shutdown all the same, and nothing is logged."""
+    events = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        events.append("started")
+        yield
+        await asyncio.sleep(0)
+        events.append("shut down")
 
     async def main() -> None:
-        await start(app)
+        app = Starlette(lifespan=lifespan)
+        if door == "start":
+            forgotten.append(await start(app))
+        else:
+            forgotten.append(asyncio.create_task(serve(app)))
+            while not events:
+                await asyncio.sleep(0)
 
+    forgotten: list[object] = []
     asyncio.run(main())
 
-    assert app.events[-1] == "lifespan over"
+    assert events == ["started", "shut down"]
     assert [record for record in caplog.records if record.name == "aioserve"] == []
 
 
@@ -395,17 +479,11 @@ async def test_a_cancellation_at_every_turn(scoped: bool) -> None:
                 connection.ask("/")
                 await connection.answer()
 
-    def at(turn: int, act: Callable[[], object]) -> None:
-        if turn == 0:
-            act()
-        elif not task.done():
-            asyncio.get_running_loop().call_soon(at, turn - 1, act)
-
     before = asyncio.all_tasks()
     for turn in range(TURNS):
         scope = anyio.CancelScope()
         task = asyncio.create_task(block())
-        at(turn, scope.cancel if scoped else task.cancel)
+        after(turn, scope.cancel if scoped else task.cancel)
         await asyncio.wait({task})
 
         assert task.cancelled() == (not scoped) or task.exception() is None

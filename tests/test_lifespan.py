@@ -166,6 +166,24 @@ async def test_a_lifespan_that_asks_for_more_is_let_go_at_once() -> None:
     assert app.events == ["startup", "shutdown", "lifespan over"]
 
 
+async def test_two_receives_at_once_both_hear_of_the_shutdown() -> None:
+    """And neither counts as asking for more: the clean-up behind them is not cut short."""
+    cleaned_up = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        received = await asyncio.gather(receive(), receive())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        cleaned_up.append([message["type"] for message in received])
+
+    async with serving(app):
+        pass
+
+    assert cleaned_up == [["lifespan.shutdown", "lifespan.shutdown"]]
+
+
 async def test_a_receive_that_is_given_up_loses_no_message() -> None:
     """An app may wait for the shutdown with a timeout, again and again."""
     received = []

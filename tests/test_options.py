@@ -33,7 +33,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "hosts none": (App, {"host": []}, ValueError, "empty sequence"),
     "hosts a number": (App, {"host": ["127.0.0.1", 5]}, TypeError, "not 5"),
     "host with a null": (App, {"host": "local\0host"}, ValueError, "null"),
-    "timeout negative": (App, {"shutdown_timeout": -1}, ValueError, "shutdown_timeout must not be negative"),
+    "timeout negative": (
+        App,
+        {"shutdown_timeout": -1},
+        ValueError,
+        "shutdown_timeout must be 0 or more seconds, not -1",
+    ),
     "timeout no number": (App, {"startup_timeout": "60"}, TypeError, "number of seconds or None, not '60'"),
     "timeout nan": (App, {"startup_timeout": math.nan}, ValueError, "nan"),
     "timeout a bool": (App, {"startup_timeout": True}, TypeError, "True"),
@@ -41,6 +46,20 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "interface": (App, {"interface": "asgi4"}, ValueError, "interface must be one of"),
     "log level": (App, {"log_level": "loud"}, ValueError, "log_level must be one of"),
     "protocol": (App, {"http": "h12"}, ValueError, "http must be one of"),
+    "a string for a number": (App, {"backlog": "5"}, TypeError, "backlog must be int, not '5'"),
+    "no requests at all": (App, {"limit_max_requests": 0}, ValueError, "limit_max_requests must be 1 or more.*not 0"),
+    "more than a kernel takes": (App, {"backlog": 10**400}, ValueError, "backlog must be 1 or more"),
+    "capitals": (App, {"lifespan": "ON"}, ValueError, "lifespan must be one of 'auto', 'on', 'off', not 'ON'"),
+    "no lifespan mode": (App, {"lifespan": None}, TypeError, "lifespan must be one of 'auto', 'on', 'off', not None"),
+    "no protocol": (App, {"http": int}, TypeError, "http must be one of .*not <class 'int'>"),
+    "a bool for a number": (
+        App,
+        {"limit_concurrency": True},
+        TypeError,
+        "limit_concurrency must be int or None, not True",
+    ),
+    "a number for a bool": (App, {"factory": 1}, TypeError, "factory must be bool, not 1"),
+    "a number for a string": (App, {"root_path": 1}, TypeError, "root_path must be str, not 1"),
     "key without certificate": (App, {"ssl_keyfile": "key.pem"}, TypeError, "ssl_keyfile needs ssl_certfile"),
     "app none": (lambda: None, {}, TypeError, "must be an ASGI callable.*not None"),
     "app no import string": (lambda: "tests.apps", {}, ValueError, "package.module:attribute.*'tests.apps' does not"),
@@ -86,7 +105,7 @@ async def test_an_option_that_the_installed_uvicorn_lacks_is_told(monkeypatch: p
 
 async def test_no_limit_is_none_or_infinite() -> None:
     """Both mean to wait as long as it takes."""
-    for timeout in (None, math.inf):
+    for timeout in (None, math.inf, 10**400):
         async with serving(App(), startup_timeout=timeout, shutdown_timeout=timeout) as server:
             assert (await get(server)).text == "hello"
 
@@ -132,7 +151,7 @@ async def test_a_config_can_be_served_twice() -> None:
 async def test_what_a_config_says_cannot_be_said_again(name: str) -> None:
     """There would be two words for it."""
     options: Any = {name: "x"}
-    with pytest.raises(TypeError, match=f"{name} is for the uvicorn.Config"):
+    with pytest.raises(TypeError, match=f"{name} cannot be given together with a uvicorn.Config"):
         await start(uvicorn.Config(App(), log_config=None), **options)
 
 
@@ -152,10 +171,11 @@ async def test_what_makes_no_sense_in_a_config_is_passed_over_with_one_warning()
     """The program goes on; it has been told."""
     config = uvicorn.Config("tests.apps:without_lifespan", port=0, log_config=None, workers=2)
     config.reload = True  # given to the constructor, it would look at the directories
-    with pytest.warns(UserWarning, match="reload and workers makes no sense") as warned:
+    with pytest.warns(UserWarning, match="reload and workers of the uvicorn.Config ignored") as warned:
         async with serving(config) as server:
             assert (await get(server)).text == "hello"
     assert len(warned) == 1
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("option", [{"uds": "no.sock"}, {"fd": 0}])

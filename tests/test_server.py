@@ -45,6 +45,20 @@ async def test_being_asked_to_close_does_not_end_the_body() -> None:
     assert ran
 
 
+async def test_stopping_is_set_at_once_also_in_a_callback() -> None:
+    """Of the loop, where there is no task."""
+    seen: list[bool] = []
+
+    def callback() -> None:
+        server.close()
+        seen.append(server.stopping.is_set())
+
+    async with serving(App()) as server:
+        asyncio.get_running_loop().call_soon(callback)
+        await server.wait_closed()
+    assert seen == [True]
+
+
 async def test_closing_is_idempotent() -> None:
     """Before, during and after the stop."""
     async with serving(App()) as server:
@@ -102,7 +116,7 @@ async def test_a_deadline_must_be_a_number(timeout: Any) -> None:
     async with serving(App()) as server:
         with pytest.raises(TypeError, match="timeout must be a number of seconds"):
             server.close(timeout)
-        with pytest.raises(ValueError, match="must not be negative"):
+        with pytest.raises(ValueError, match="must be 0 or more seconds"):
             server.close(-1)
         assert server.is_serving()
 

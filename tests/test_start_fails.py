@@ -49,7 +49,7 @@ def unprivileged() -> Iterator[None]:
 
 
 # What can be wrong: the app and the options, the error, its text, and (where the app raised) the cause.
-FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str, type[Exception] | None]] = {
+FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str, type[BaseException] | None]] = {
     "unresolvable host": (App, {"host": "no-such-host.invalid"}, socket.gaierror, "no-such-host.invalid", None),
     "impossible host": (App, {"host": "x" * 70 + ".invalid"}, socket.gaierror, "cannot resolve host 'xxx", None),
     "not our address": (App, {"host": "192.0.2.1"}, OSError, "192.0.2.1", None),
@@ -58,12 +58,15 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str, type[Except
     "no such module": ("no_such_module:app", {}, StartupError, "no_such_module", None),
     "no such attribute": ("tests.apps:no_such_app", {}, StartupError, "no_such_app", None),
     "module raises": ("tests.broken_module:app", {}, StartupError, "tests.broken_module:app.*at import", AppError),
+    "module exits": ("tests.exiting_module:app", {}, StartupError, "exiting_module:app: SystemExit: 7", SystemExit),
     "factory raises": ("tests.apps:broken_factory", {"factory": True}, StartupError, "factory's own", AppError),
     "factory is async": ("tests.apps:async_factory", {"factory": True}, StartupError, "coroutine function", None),
     "not callable": ("tests.apps:not_callable", {}, StartupError, "42", None),
     "raises before receive": (lambda: App("raises early"), {"lifespan": "on"}, StartupError, "app's own", AppError),
     "raises": (lambda: App("raises"), {}, StartupError, "app's own", AppError),
     "startup.failed": (lambda: App("fails"), {}, StartupError, "app's own", AppError),
+    "startup.failed, no message": (lambda: App("fails without a word"), {}, StartupError, "did not say why", None),
+    "startup.failed, then hangs": (lambda: App("fails and hangs"), {}, StartupError, "as told", None),
     "startup.failed, no exception": (lambda: App("fails quietly"), {}, StartupError, "as told", None),
     "startup hangs": (lambda: App("hangs"), {"startup_timeout": 0.01}, StartupTimeoutError, "0.01", TimeoutError),
 }
@@ -76,7 +79,7 @@ async def test_a_failed_start_raises_and_leaves_nothing(
     options: dict[str, Any],
     error: type[Exception],
     text: str,
-    cause: type[Exception] | None,
+    cause: type[BaseException] | None,
     door: Door,
 ) -> None:
     """Each kind of failure is its own error, which says what was wrong; the body never runs."""
@@ -86,7 +89,9 @@ async def test_a_failed_start_raises_and_leaves_nothing(
         await door(made, never, **options)
 
     assert type(caught.value) is error or error is OSError
-    if cause is not None:
+    if cause is None:
+        assert not isinstance(caught.value.__cause__, (AppError, asyncio.CancelledError))
+    else:
         assert isinstance(caught.value.__cause__, cause)
     if isinstance(made, App) and cause is AppError:
         assert caught.value.__cause__ is made.error

@@ -43,6 +43,14 @@ async def test_should_exit_closes() -> None:
         await server.wait_closed()
 
 
+async def test_should_exit_can_be_set_in_another_thread() -> None:
+    """The loop is woken up for it."""
+    async with serving(App()) as server:
+        await asyncio.to_thread(setattr, server.uvicorn, "should_exit", True)
+        await server.wait_closed()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
 async def test_force_exit_forces() -> None:
     """Handlers are cancelled at once."""
     app = App()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aioserve._errors import ShutdownError as ShutdownError
     from aioserve._errors import StartupError as StartupError
     from aioserve._errors import StartupTimeoutError as StartupTimeoutError
+    from aioserve._options import App as App
     from aioserve._options import Options as Options
     from aioserve._server import Server as Server
     from aioserve._server import Stats as Stats
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from aioserve._serving import start as start
 
 __all__ = [
+    "App",
     "Options",
     "Server",
     "ServerCrashedError",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "App": "_options",
     "Options": "_options",
     "Server": "_server",
     "ServerCrashedError": "_errors",

@@ -24,6 +24,7 @@ import inspect
 import logging
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import uvicorn
+from uvicorn.importer import import_from_string
 from uvicorn.server import ServerState
 
 from aioserve._errors import ServerCrashedError, StartupError
@@ -61,9 +63,12 @@ class Engine(uvicorn.Server):
     """Called when the server dies in the middle of serving, from its own task."""
 
     def __init__(self, settings: Settings, sockets: Sequence[socket.socket]) -> None:
-        self.stopping: anyio.Event = anyio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self.waiting: Waiting = Waiting()
-        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.stopping: anyio.Event = anyio.Event()
+        self.closed: asyncio.Event = asyncio.Event()
         self.servers: list[asyncio.Server] = []
 
         super().__init__(settings.config)
@@ -82,10 +87,8 @@ class Engine(uvicorn.Server):
             waiting=self.waiting,
         )
 
-        self._loop = asyncio.get_running_loop()
         self._running = False
         self._accepting = False
-        self.over: bool = False
         self._watched: set[asyncio.Task[Any]] = set()
         self._background: set[asyncio.Task[Any]] = set()
         self._date_timer: asyncio.TimerHandle | None = None
@@ -101,10 +104,13 @@ class Engine(uvicorn.Server):
         try:
             await self._serve_until_asked()
             await shut_down(self)
+        except GeneratorExit:
+            # Its loop was closed under it, and now it is garbage.
+            self._close_sockets()
+            raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave our task)
             self._fail("the server's own task failed while it was stopping", exc)
-        finally:
-            self._clean_up()
+        self._clean_up()
 
     async def _serve_until_asked(self) -> None:
         try:
@@ -113,7 +119,9 @@ class Engine(uvicorn.Server):
         except (StartupError, OSError) as exc:
             self.error = exc
             return
-        except BaseException as exc:  # noqa: BLE001 (the same; the lifespan must be ended all the same)
+        except GeneratorExit:
+            raise
+        except BaseException as exc:  # noqa: BLE001 (the same; and the lifespan must be ended all the same)
             self._fail("the server's own task failed while it was starting", exc)
             return
         self.started = True
@@ -127,7 +135,7 @@ class Engine(uvicorn.Server):
 
     def ended(self, _: object) -> None:
         """Make sure of the end; for the task that was cancelled before its first step, so that `serve()` never ran."""
-        if not self.over:
+        if not self.closed.is_set():
             self.error = StartupError("the server's own task was cancelled before it had begun")
             self._clean_up()
 
@@ -160,11 +168,9 @@ class Engine(uvicorn.Server):
             logger.error("%s", self.error, exc_info=cause)
 
     def _clean_up(self) -> None:
-        self.over = True
         self._accepting = False
         self.close_listeners()
-        for sock in self.sockets:
-            sock.close()
+        self._close_sockets()
         for timer in (self._date_timer, self._deadline):
             if timer is not None:
                 timer.cancel()
@@ -172,6 +178,11 @@ class Engine(uvicorn.Server):
         if self.started:
             uvicorn_logger.info("Closed %s", ", ".join(self.urls))
         self._tell_starter()
+        self.closed.set()
+
+    def _close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.close()
 
     def _tell_starter(self) -> None:
         if not self.ready.done():
@@ -181,15 +192,23 @@ class Engine(uvicorn.Server):
 
     def close(self, deadline: float | None = None) -> None:
         """
-        Ask for a graceful stop; a deadline, in the loop's time, can only shorten it.
-
-        To be called in the server's loop.
+        Ask for a graceful stop, from anywhere; a deadline, in the loop's time, can only shorten it.
         """
-        if self.over:
+        if threading.get_ident() == self._thread:
+            self._close(deadline)
+            if asyncio.current_task(self._loop) is not None:
+                return
+            # A signal handler, perhaps, which has interrupted the loop in its sleep: it has to be woken up.
+        try:
+            self._loop.call_soon_threadsafe(self._close, deadline)
+        except RuntimeError:
+            pass  # its loop is closed, and so is the server
+
+    def _close(self, deadline: float | None) -> None:
+        if self.closed.is_set():
             return
-        if not self.stopping.is_set():
-            self.stopping.set()
-            self.waiting.notify()
+        self.stopping.set()
+        self.waiting.notify()
         if deadline is None:
             return
 
@@ -371,7 +390,7 @@ class _LimitedState(_State):
     @total_requests.setter
     def total_requests(self, value: int) -> None:
         self._total = value
-        if value >= self._limit:
+        if value >= self._limit > 0:
             self._engine.requests_exhausted(self._limit)
 
 
@@ -412,16 +431,15 @@ def load(config: uvicorn.Config) -> None:
 
     app = config.app if isinstance(config.app, str) else "the app"
     try:
+        import_from_string(config.app)  # before uvicorn does it, and logs what it raises
         config.load()
     except SystemExit as exc:
-        reason = exc.__context__
-        raise StartupError(f"cannot load {app}: {reason or 'uvicorn gave no reason'}") from reason
+        reason = exc.__context__ or exc  # uvicorn's has a reason; the app's own is one
+        raise StartupError(f"cannot load {app}: {type(reason).__name__}: {reason}") from reason
     except Exception as exc:
         if isinstance(exc, ssl.SSLError) and not hasattr(config, "ssl"):  # it comes before the app is imported
-            exc.add_note(
-                f"aioserve: this is about ssl_certfile={config.ssl_certfile!r} and the options that go with it"
-            )
-            raise
+            files = f"ssl_certfile={config.ssl_certfile!r}, ssl_keyfile={config.ssl_keyfile!r}"
+            raise type(exc)(exc.errno, f"{exc.strerror}; with {files}") from exc
         raise StartupError(f"cannot load {app}: {type(exc).__name__}: {exc}") from exc
 
     loaded = config.loaded_app

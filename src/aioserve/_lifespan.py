@@ -83,6 +83,7 @@ class Lifespan:
             return
 
         self.task = asyncio.get_running_loop().create_task(self._run(), name="aioserve lifespan")
+        self.task.add_done_callback(self._make_sure)
         if not await self._waiting.wait_for(self._has_answered, timeout):
             await self._abandon()
             if self._waiting.forced:
@@ -94,7 +95,8 @@ class Lifespan:
             # It says that it failed; the exception that it means comes a moment later.
             if not await self._waiting.wait_for(self._is_over, self.grace):
                 await self._abandon()
-            raise StartupError(_describe("failed to start", self.error, self._failure)) from self.error
+            error = self._app_error()
+            raise StartupError(_describe("failed to start", error, self._failure)) from error
 
         if self.error is not None and not self._started:
             if self._mode == "auto" and (self._refused or not self._received):
@@ -146,6 +148,14 @@ class Lifespan:
             self.error = exc
         finally:
             self.over = True
+            self._shutdown.set()  # for a task of the app's that is still in receive()
+            self._waiting.notify()
+
+    def _make_sure(self, _: object) -> None:
+        """Notice the end also of a task that was cancelled before its first step, so that `_run()` never ran."""
+        if not self.over:
+            self.over = self._received = True
+            self.error = asyncio.CancelledError()
             self._waiting.notify()
 
     async def _receive(self) -> Message:
@@ -153,11 +163,20 @@ class Lifespan:
             self._received = True
             return {"type": "lifespan.startup"}
 
-        await self._shutdown.wait()
         if self._told:
             self._spent = True
             self._waiting.notify()
             await asyncio.Event().wait()
+
+        try:
+            await self._shutdown.wait()
+        except asyncio.CancelledError:
+            # Whose is it? `asyncio.run` cancels every task at its end; then the server is being forced, and an orderly
+            # end is on its way. Any other is the app's own affair. One turn later we know.
+            await asyncio.sleep(0)
+            if self.over or self._abandoned or not self._waiting.forced:
+                raise
+            await self._shutdown.wait()
         self._told = True
         return {"type": "lifespan.shutdown"}
 
@@ -166,7 +185,7 @@ class Lifespan:
             case "lifespan.startup.complete":
                 self._started = True
             case "lifespan.startup.failed" | "lifespan.shutdown.failed":
-                self._failure = message.get("message", "")
+                self._failure = str(message.get("message") or "")
             case "lifespan.shutdown.complete":
                 pass  # what counts is that it ends: there may be clean-up behind this
             case other:

@@ -7,11 +7,15 @@ Everything that can be known to be wrong before anything starts is found here, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import difflib
-import math
+import functools
+import inspect
 import os
 import ssl
+import types
+import typing
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from configparser import RawConfigParser
@@ -26,8 +30,12 @@ Message: TypeAlias = dict[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[None]]
 
-# Frameworks type the messages of ASGI each in their own way, so what fits all of them is a loose type.
-App: TypeAlias = "Callable[..., Any] | str | uvicorn.Config"
+App: TypeAlias = Callable[..., Any] | str | uvicorn.Config
+"""
+What can be served: an ASGI callable, an import string, or a ready `uvicorn.Config`.
+
+Frameworks type the messages of ASGI each in their own way; what fits all of them is a loose type.
+"""
 
 
 class Options(TypedDict, total=False):
@@ -142,9 +150,9 @@ def check_timeout(name: str, value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} must not be negative, and {value!r} is; 0 is the shortest, None is no limit")
-    return None if math.isinf(value) else value
+    if not value >= 0:  # nor is nan
+        raise ValueError(f"{name} must be 0 or more seconds, not {value!r}; None is no limit")
+    return None if value >= _FOREVER else value
 
 
 def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
@@ -171,7 +179,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
     again = [name for name in options if name not in _OURS]
     if again:
-        raise TypeError(f"{again[0]} is for the uvicorn.Config that you pass to say; give it there")
+        raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; set it there")
     timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
     if config.timeout_graceful_shutdown is not None:
         if "shutdown_timeout" in options:
@@ -189,10 +197,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     }
     if any(senseless.values()):
         said = " and ".join(name for name, is_said in senseless.items() if is_said)
-        warnings.warn(
-            f"what the uvicorn.Config says of {said} makes no sense inside a running program, and is passed over",
-            stacklevel=_CALLER,
-        )
+        _warn(f"{said} of the uvicorn.Config ignored: it makes no sense inside a running program")
     return Settings(
         config=config,
         host=_check_host(config.host),
@@ -202,10 +207,18 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     )
 
 
+# Seconds, some thirty years: what a loop's timer can still be set to.
+_FOREVER = 1e9
+
 _TIMEOUTS = {"startup_timeout": 60.0, "shutdown_timeout": 10.0}
 
-# How far above warnings.warn() the user's line is: _from_config, parse, start.
-_CALLER = 4
+
+def _warn(message: str) -> None:
+    """Warn, and point to the user's line; with serving(), there is contextlib between it and us."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith((os.path.dirname(__file__), contextlib.__file__)):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _check_name(name: str) -> None:
@@ -250,17 +263,44 @@ def _check_port(port: object) -> int:
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
-    for name, choices in _CHOICES.items():
-        value = options.get(name)
-        if not isinstance(value, str) or value.lower() in choices or (name in ("http", "ws") and ":" in value):
-            continue
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-    if options.get("ssl_keyfile") and not (options.get("ssl_certfile") or options.get("ssl_context_factory")):
-        raise TypeError("ssl_keyfile needs ssl_certfile with it")
     known = _config_parameters()
-    for name in options:
+    types_of = _simple_types()
+    for name, value in options.items():
+        expected = types_of.get(name) if name not in (*_OURS, "host", "port") else None  # checked elsewhere
+        if expected is not None and (not isinstance(value, expected) or (type(value) is bool and bool not in expected)):
+            said = " or ".join("None" if each is type(None) else each.__name__ for each in expected)
+            raise TypeError(f"{name} must be {said}, not {value!r}")
         if name not in known and name not in _OURS:
             raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
+    for name, choices in _CHOICES.items():
+        if name not in options:
+            continue
+        value = options[name]
+        if name == "log_level" and not isinstance(value, str):
+            continue
+        if name in ("http", "ws") and (isinstance(value, type) and issubclass(value, asyncio.BaseProtocol)):
+            continue
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        if value in choices or (name in ("http", "ws") and ":" in value):
+            continue
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    for name in ("backlog", "limit_concurrency", "limit_max_requests"):
+        if isinstance(options.get(name), int) and not 1 <= options[name] < 2**31:
+            raise ValueError(f"{name} must be 1 or more, and no more than 2147483647, not {options[name]!r}")
+    if options.get("ssl_keyfile") and not (options.get("ssl_certfile") or options.get("ssl_context_factory")):
+        raise TypeError("ssl_keyfile needs ssl_certfile with it")
+
+
+@functools.cache
+def _simple_types() -> dict[str, tuple[type, ...]]:
+    """The options whose type is made of bool, int, float, str and None alone, with these."""
+    found = {}
+    for name, hint in typing.get_type_hints(Options).items():
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if all(part in (bool, int, float, str, type(None)) for part in parts):
+            found[name] = (*parts, int) if float in parts else parts
+    return found
 
 
 def _config_parameters() -> frozenset[str]:

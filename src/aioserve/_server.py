@@ -135,15 +135,7 @@ class Server:
             ValueError: The timeout is negative.
         """
         seconds = check_timeout("timeout", timeout)
-        deadline = None if seconds is None else self._loop.time() + seconds
-        if _running_loop() is self._loop and asyncio.current_task() is not None:
-            self._engine.close(deadline)
-            return
-        # Another thread; or a signal handler, which may have interrupted the loop in its sleep: it has to be woken up.
-        try:
-            self._loop.call_soon_threadsafe(self._engine.close, deadline)
-        except RuntimeError:
-            pass  # its loop is closed, and so is the server
+        self._engine.close(None if seconds is None else self._loop.time() + seconds)
 
     async def wait_closed(self) -> None:
         """
@@ -155,11 +147,11 @@ class Server:
             ServerCrashedError: The app's lifespan died in the middle of serving.
             ShutdownError: The app's lifespan failed at its shutdown.
             RuntimeError: A request or the lifespan of this server calls it, and would wait for itself; or it is called
-                from another event loop.
+                from another event loop. (A request whose handler runs in a task of its own, as under Starlette's
+                BaseHTTPMiddleware, is not known as one: it waits until the budget is over.)
         """
         self._check_caller("wait_closed()")
-        if not self._task.done():
-            await asyncio.wait({self._task})
+        await self._engine.closed.wait()
         if self._engine.error is not None:
             raise self._engine.error
 
@@ -221,13 +213,14 @@ class Server:
 
         Two things are held off. An anyio scope delivers its cancellation anew on every loop turn, hence the shield;
         after it, the scope will have its way. A native cancellation comes through a shield, but once only;
-        `asyncio.wait()` does not pass it on to the server. The second one, counting those that came before, forces.
+        and waiting for an event does not pass it on to the server. The second one, counting those that came before,
+        forces.
         """
         late: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
-            while not self._task.done():
+            while not self._engine.closed.is_set():
                 try:
-                    await asyncio.wait({self._task})
+                    await self._engine.closed.wait()
                 except asyncio.CancelledError as exc:
                     late = late or exc
                     cancellations += 1
@@ -246,7 +239,7 @@ class Server:
             )
 
     def __repr__(self) -> str:
-        if self._engine.over:
+        if self._engine.closed.is_set():
             how = "closed"
         elif self.stopping.is_set():
             how = "stopping"

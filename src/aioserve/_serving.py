@@ -141,7 +141,7 @@ async def serve(
         ServerCrashedError: The app's lifespan died.
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    async with await start(app, **options) as server:
+    async with serving(app, **options) as server:
         task_status.started(server)
         await server.wait_closed()
 

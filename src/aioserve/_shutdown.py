@@ -41,6 +41,8 @@ async def shut_down(engine: Engine) -> None:
 
     # Finish.
     engine.finish_connections()
+    if waiting.forced:
+        await waiting.turns(SETTLING_TURNS)
     quiet = await waiting.wait_for(engine.is_quiet, budget)
 
     # Force.
@@ -50,10 +52,10 @@ async def shut_down(engine: Engine) -> None:
         connections = engine.abort_connections()
         await waiting.turns(SETTLING_TURNS)
         logger.warning(
-            "stopped by force: %d handlers cancelled, %d connections dropped%s",
+            "stopped by force: handlers cancelled: %d, connections dropped: %d%s",
             handlers,
             connections,
-            "" if engine.is_quiet() else "; some of them go on all the same",
+            "" if engine.is_quiet() else "; not all of them have ended",
         )
 
     # End.

@@ -27,9 +27,9 @@ _SAME_PORT_ATTEMPTS = 32
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _HINTS = {
-    errno.EADDRINUSE: "; port=0 takes a free one",
-    errno.EACCES: "; a port below 1024 needs a privilege",
-    errno.EADDRNOTAVAIL: "; it is not an address of this machine",
+    errno.EADDRINUSE: "port=0 takes a free one",
+    errno.EACCES: "a port below 1024 needs a privilege",
+    errno.EADDRNOTAVAIL: "it is not an address of this machine",
 }
 
 
@@ -65,6 +65,8 @@ async def listen(host: Host, port: int, *, backlog: int) -> list[socket.socket]:
             last = exc
             if exc.errno != errno.EADDRINUSE:
                 break
+    if last.errno in _HINTS and not (last.errno == errno.EADDRINUSE and port == 0):
+        raise OSError(last.errno, f"{last.strerror}; {_HINTS[last.errno]}") from last
     raise last
 
 
@@ -115,8 +117,7 @@ def _listen_on(address: _Address, port: int, backlog: int) -> socket.socket:
             sock.listen(backlog)
         except OSError as exc:
             bracketed = f"[{where}]" if address.family == socket.AF_INET6 else where
-            message = f"cannot listen on {bracketed}:{port}: {exc.strerror}{_HINTS.get(exc.errno or 0, '')}"
-            raise OSError(exc.errno, message) from exc
+            raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {exc.strerror}") from exc
         undo.pop_all()
     return sock
 

@@ -64,8 +64,11 @@ class Waiting:
             timer = asyncio.get_running_loop().call_later(timeout, expire)
 
         try:
-            while not over():
+            while True:
+                # Before looking: a signal handler may change something at any point from here on.
                 self._changed.clear()
+                if over():
+                    break
                 await self._sleep(self._changed.wait())
         finally:
             if timer is not None:

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 
-from aioserve import Options, Server, Stats, serve, serving, start
+from aioserve import App, Options, Server, Stats, serve, serving, start
 
 
 async def plain_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -55,9 +55,9 @@ async def members(server: Server) -> None:
 
 
 @asynccontextmanager
-async def my_serving(**options: Unpack[Options]) -> AsyncIterator[str]:
+async def my_serving(app: App, **options: Unpack[Options]) -> AsyncIterator[str]:
     """Wrap it, and keep the types of its options."""
-    async with serving(FastAPI(), **options) as server:
+    async with serving(app, **options) as server:
         yield server.url
 
 

@@ -1,0 +1,16 @@
+"""
+The clock of these tests: the turns of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+def after(turns: int, act: Callable[[], object]) -> None:
+    """Do something when the loop has turned so many times."""
+    if turns == 0:
+        act()
+    else:
+        asyncio.get_running_loop().call_soon(after, turns - 1, act)
