@@ -33,7 +33,7 @@ class App:
         self.startup = startup
         self.shutdown = shutdown
         self.events: list[str] = []
-        self.error = AppError("the app's own")
+        self.error: BaseException = AppError("the app's own")
         self.crash = asyncio.Event()
         """Set it, and the lifespan raises `error` in the middle of serving."""
         self.release = asyncio.Event()

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -19,33 +20,76 @@ from typing import Any
 
 import pytest
 import uvloop
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _lifespan, _shutdown
 
 # For programs that are run as such; pyproject.toml says the same to pytest.
 WARNINGS_ARE_ERRORS = [
     "-Werror",
+    "-Wignore:The `websockets` implementation is deprecated",
     "-Wignore:websockets.legacy is deprecated:DeprecationWarning",
     "-Wignore:websockets.server.WebSocketServerProtocol is deprecated:DeprecationWarning",
     "-Wignore:remove second argument of ws_handler:DeprecationWarning",
 ]
 
-LOOPS = {
-    "asyncio": ("asyncio", {}),
-    "uvloop": ("asyncio", {"loop_factory": uvloop.new_event_loop}),
+LOOPS: dict[str, dict[str, Any]] = {
+    "asyncio": {},
+    "debug": {"debug": True},
+    "eager": {"loop_factory": lambda: eager_loop()},
+    "uvloop": {"loop_factory": uvloop.new_event_loop},
 }
+if sys.version_info < (3, 12):
+    del LOOPS["eager"]  # eager tasks came with Python 3.12
+
+
+def eager_loop() -> asyncio.AbstractEventLoop:
+    """Make a loop whose tasks begin at once, where they are created."""
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 (mypy looks with the oldest Python)
+    return loop
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Choose what the whole suite runs on: uvicorn has several protocols, and which is "auto" is decided here."""
+    parser.addoption("--loop", choices=[*LOOPS, "all"], default="all", help="the event loop; default: all, in turn")
+    parser.addoption("--http", choices=list(HTTP_PROTOCOLS), default="auto", help='what uvicorn takes for http="auto"')
+    parser.addoption("--ws", choices=list(WS_PROTOCOLS), default="auto", help='what uvicorn takes for ws="auto"')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make uvicorn choose what was chosen here."""
+    for option, protocols in (("--http", HTTP_PROTOCOLS), ("--ws", WS_PROTOCOLS)):
+        chosen: dict[str, str | None] = dict(protocols)
+        protocols["auto"] = chosen[config.getoption(option)]  # type: ignore[assignment]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every async test on every loop, or on those that it names."""
+    named = any("loop_name" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "loop_name" in metafunc.fixturenames and not named:
+        chosen = metafunc.config.getoption("--loop")
+        metafunc.parametrize("loop_name", list(LOOPS) if chosen == "all" else [chosen])
+
+
+@pytest.fixture
+def anyio_backend(loop_name: str) -> tuple[str, dict[str, Any]]:
+    """Tell anyio's plugin."""
+    return "asyncio", LOOPS[loop_name]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many points the walks have tried."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    points = sum(dict(report.user_properties).get("points", 0) for report in reports)
+    if points:
+        terminalreporter.write_line(f"cancellation walks: {points} points")
 
 
 def pytest_collection_finish() -> None:
     """Spare the collections after each test what will never be garbage: the imported modules."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(params=LOOPS)
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    """Run every async test on asyncio's own loop and on uvloop."""
-    return LOOPS[request.param]
 
 
 @pytest.fixture

@@ -385,7 +385,7 @@ async def test_cancelling_the_lifespans_task_while_it_starts(turns: int) -> None
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("loop_name", ["asyncio"])
 async def test_eager_tasks_find_everything_in_its_place() -> None:
     """The lifespan runs before `start()` has got hold of its own task."""
     watching: list[asyncio.Task[None]] = []

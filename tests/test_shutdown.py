@@ -209,7 +209,7 @@ class Counting:
             asyncio.get_running_loop().call_soon(self.turn)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # the methods of a uvloop cannot be replaced
+@pytest.mark.parametrize("loop_name", ["asyncio"])  # the methods of a uvloop cannot be replaced
 @pytest.mark.parametrize("connections", [0, 1, 20])
 async def test_stopping_an_idle_server_makes_no_timer_and_takes_a_few_turns(
     connections: int, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ What it relies on, in uvicorn 0.40 to 0.54:
   last, and closes a WebSocket with 1012.
 - A lost HTTP connection can leave its keep-alive timer behind: `timeout_keep_alive_task`.
 - The legacy WebSocket protocol runs tasks of its own: `handler_task`, which outlives its others.
+- A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope`.
 - `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`.
 
 What is ours in place of uvicorn's: `serve()`, which runs on events instead of a tick; the lifespan; the sockets; and no
@@ -42,7 +43,7 @@ from aioserve._sockets import url_of
 from aioserve._waiting import Waiting
 
 if TYPE_CHECKING:
-    from aioserve._options import Settings
+    from aioserve._options import Scope, Settings
 
 logger = logging.getLogger("aioserve")
 uvicorn_logger = logging.getLogger("uvicorn.error")
@@ -259,6 +260,16 @@ class Engine(uvicorn.Server):
             task.cancel()
         return len(handlers)
 
+    def is_ours(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether it is the lifespan's task, or a request's or WebSocket's."""
+        if task is None:
+            return False
+        if task is self.lifespan.task or task in self.server_state.tasks:
+            return True
+        # An eager task runs before uvicorn has it in its set.
+        scope = scope_of(task)
+        return scope is not None and getattr(scope["state"].get("aioserve"), "_engine", None) is self
+
     def has_handlers(self) -> bool:
         return bool(self._handlers())
 
@@ -409,6 +420,16 @@ class _Connections(set[Any]):
 
     def remove(self, connection: Any) -> None:
         self.discard(connection)
+
+
+def scope_of(task: asyncio.Task[Any]) -> Scope | None:
+    """What the handler that runs in the task was called with; `None` where the task is no handler."""
+    coroutine: Any = task.get_coro()
+    frame = getattr(coroutine, "cr_frame", None)
+    if frame is None or frame.f_code.co_name != "run_asgi":
+        return None
+    scope: Scope | None = getattr(frame.f_locals.get("self"), "scope", None)
+    return scope
 
 
 def load(config: uvicorn.Config) -> None:

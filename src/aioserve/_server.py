@@ -232,8 +232,7 @@ class Server:
         loop = _running_loop()
         if loop is not self._loop:
             raise RuntimeError(f"{called} is for the event loop that the server runs in; from elsewhere use close()")
-        caller = asyncio.current_task()
-        if caller in self._engine.server_state.tasks or caller is self._engine.lifespan.task:
+        if self._engine.is_ours(asyncio.current_task()):
             raise RuntimeError(
                 f"{called} in a request or the lifespan of this server would wait for itself; use close()"
             )

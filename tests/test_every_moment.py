@@ -1,0 +1,147 @@
+"""
+It cannot be cancelled at a bad moment: every turn of the loop is tried, for each door, in each way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from aioserve import ServerCrashedError, ShutdownError, StartupError
+from tests.turns import after
+from tests.walk import DOORS, Interruption, Run, by_scope, by_sibling, by_timeout, natively, undisturbed, walk
+
+pytestmark = [pytest.mark.usefixtures("short_grace"), pytest.mark.parametrize("door", DOORS)]
+
+Record = Callable[[str, object], None]
+
+# What comes of two cancellations of a task group, or of one and an error of its child, is for anyio to say: now and
+# then, it (4.16) takes one of them for its own, and does so in a group that has never heard of us.
+GROUP = "serve in a task group"
+
+# How far apart two interruptions of one run are, in turns.
+APART = (0, 1, 2, 3, 5, 8)
+
+
+@pytest.mark.parametrize("interrupt", [natively, by_scope, by_timeout, by_sibling], ids=lambda each: each.__name__)
+async def test_cancelled_once(door: str, interrupt: Interruption, record_property: Record) -> None:
+    """The cancellation comes out, is counted once, and leaves nothing."""
+    record_property("points", await walk(partial(Run, door), interrupt))
+
+
+@pytest.mark.parametrize("apart", APART)
+async def test_cancelled_twice(door: str, apart: int, record_property: Record) -> None:
+    """Both are counted; the second one at most forces."""
+
+    async def twice(run: Run, turn: int) -> bool:
+        return await natively(run, turn, turn + apart, judge=door != GROUP)
+
+    record_property("points", await walk(partial(Run, door), twice))
+
+
+@pytest.mark.parametrize("apart", [-5, -2, -1, *APART])
+async def test_cancelled_natively_and_by_a_scope(door: str, apart: int, record_property: Record) -> None:
+    """Whichever comes first: the native one comes out of the scope, which has no part in it."""
+
+    async def both(run: Run, turn: int) -> bool:
+        return await by_scope(run, turn, native=max(turn + apart, 0), judge=door != GROUP)
+
+    record_property("points", await walk(partial(Run, door), both))
+
+
+@pytest.mark.parametrize("timeout", [None, 0], ids=["gracefully", "by force"])
+async def test_told_to_close(door: str, timeout: float | None, record_property: Record) -> None:
+    """It ends normally; told so before the app has started, and by force, it has failed to start."""
+
+    async def close(run: Run, turn: int) -> bool:
+        def act() -> None:
+            # The app is told of its server, before anybody else is.
+            if run.app.state is not None:
+                run.app.state["aioserve"].close(timeout=timeout)
+
+        return await undisturbed(run, turn, act, lambda error: timeout == 0 and isinstance(error, StartupError))
+
+    record_property("points", await walk(partial(Run, door), close))
+
+
+OURS = (StartupError, ServerCrashedError, ShutdownError)
+
+
+@pytest.mark.parametrize("name", ["aioserve http", "aioserve lifespan"])
+async def test_a_task_of_ours_is_cancelled(door: str, name: str, record_property: Record) -> None:
+    """
+    Nobody does that, but `asyncio.run()` at its end.
+
+    It forces a server, which at the most has failed to start; and a lifespan that is cancelled has died of it.
+    """
+
+    async def cancel(run: Run, turn: int) -> bool:
+        def act() -> None:
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith(name):
+                    task.cancel()
+
+        def accept(error: BaseException) -> bool:
+            if name == "aioserve http":
+                return isinstance(error, StartupError)
+            return isinstance(error, OURS) and isinstance(error.__cause__, asyncio.CancelledError)
+
+        return await undisturbed(run, turn, act, accept)
+
+    record_property("points", await walk(partial(Run, door), cancel))
+
+
+@pytest.mark.parametrize("apart", [-5, -2, -1, *APART])
+@pytest.mark.parametrize("scoped", [False, True], ids=["natively", "by a scope"])
+async def test_the_lifespan_dies_and_the_block_is_cancelled(
+    door: str, scoped: bool, apart: int, record_property: Record
+) -> None:
+    """
+    The cancellation wins, if it comes before the block is over; and the two are never taken for each other.
+
+    Where `aclose()` stands in the caller's own `finally`, what it raises takes the place of the cancellation.
+    """
+
+    async def die(run: Run, turn: int) -> bool:
+        after(turn, run.app.raise_now)
+        cancel_at = max(turn + apart, 0)
+
+        def crashed(error: BaseException) -> bool:
+            return error.__cause__ is run.app.error
+
+        if scoped:
+            return await by_scope(run, cancel_at, accept=crashed)
+        return await natively(run, cancel_at, accept=crashed, judge=door not in (GROUP, "start"))
+
+    record_property("points", await walk(partial(Run, door), die))
+
+
+@pytest.mark.parametrize("error", [None, SystemExit(7), KeyboardInterrupt()], ids=repr)
+async def test_the_lifespan_raises(door: str, error: BaseException | None, record_property: Record) -> None:
+    """Wherever it does, its own exception is the cause of ours; also one that would end the program."""
+
+    async def die(run: Run, turn: int) -> bool:
+        run.app.error = error or run.app.error
+        return await undisturbed(
+            run, turn, run.app.raise_now, lambda failed: isinstance(failed, OURS) and failed.__cause__ is run.app.error
+        )
+
+    record_property("points", await walk(partial(Run, door), die))
+
+
+async def test_the_lifespan_hangs(door: str, record_property: Record) -> None:
+    """Wherever it does, it is cancelled when its time is over; the cause is a `TimeoutError`."""
+
+    async def hang(run: Run, turn: int) -> bool:
+        return await undisturbed(
+            run,
+            turn,
+            run.app.hang_now,
+            lambda failed: isinstance(failed, OURS) and isinstance(failed.__cause__, TimeoutError),
+        )
+
+    make = partial(Run, door, startup_timeout=0.01, shutdown_timeout=0)
+    record_property("points", await walk(make, hang))
