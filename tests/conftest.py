@@ -39,6 +39,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "eager": {"loop_factory": lambda: eager_loop()},
     "uvloop": {"loop_factory": uvloop.new_event_loop},
 }
+DEFAULT_LOOPS = ["asyncio", "uvloop"]
 if sys.version_info < (3, 12):
     del LOOPS["eager"]  # eager tasks came with Python 3.12
 
@@ -52,7 +53,7 @@ def eager_loop() -> asyncio.AbstractEventLoop:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Choose what the whole suite runs on: uvicorn has several protocols, and which is "auto" is decided here."""
-    parser.addoption("--loop", choices=[*LOOPS, "all"], default="all", help="the event loop; default: all, in turn")
+    parser.addoption("--loop", action="append", choices=list(LOOPS), help=f"default: {' and '.join(DEFAULT_LOOPS)}")
     parser.addoption("--http", choices=list(HTTP_PROTOCOLS), default="auto", help='what uvicorn takes for http="auto"')
     parser.addoption("--ws", choices=list(WS_PROTOCOLS), default="auto", help='what uvicorn takes for ws="auto"')
 
@@ -68,8 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every async test on every loop, or on those that it names."""
     named = any("loop_name" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "loop_name" in metafunc.fixturenames and not named:
-        chosen = metafunc.config.getoption("--loop")
-        metafunc.parametrize("loop_name", list(LOOPS) if chosen == "all" else [chosen])
+        metafunc.parametrize("loop_name", metafunc.config.getoption("--loop") or DEFAULT_LOOPS)
 
 
 @pytest.fixture

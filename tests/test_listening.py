@@ -204,6 +204,6 @@ async def test_uvicorns_tls_options_work() -> None:
 async def test_a_bad_certificate_is_an_ssl_error(tmp_path: Any) -> None:
     """It stays what ssl says, and names the files."""
     (tmp_path / "bad.pem").write_text("no certificate")
-    with pytest.raises(ssl.SSLError, match=r"PEM.*ssl_certfile='.*bad\.pem', ssl_keyfile=None"):
+    with pytest.raises(ssl.SSLError, match=r"PEM.*ssl_certfile='.*bad\.pem'"):
         async with serving(App(), ssl_certfile=str(tmp_path / "bad.pem")):
             raise AssertionError

@@ -15,7 +15,7 @@ from aioserve import Options, _options, serving, start
 from tests.apps import App
 from tests.clients import get
 
-OURS = {"host", "port", "lifespan", "startup_timeout", "shutdown_timeout", "factory"}
+OURS = {"host", "port", "lifespan", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "factory"}
 BY_UVICORN = set(inspect.signature(uvicorn.Config).parameters) - {"app"}
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
@@ -40,6 +40,13 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "shutdown_timeout must be 0 or more seconds, not -1",
     ),
     "timeout no number": (App, {"startup_timeout": "60"}, TypeError, "number of seconds or None, not '60'"),
+    "drain without end": (App, {"drain_delay": None}, ValueError, "drain_delay must be a limited number"),
+    "patience negative": (
+        App,
+        {"disconnect_after": -1},
+        ValueError,
+        "disconnect_after must be 0 or more seconds, not -1",
+    ),
     "timeout nan": (App, {"startup_timeout": math.nan}, ValueError, "nan"),
     "timeout a bool": (App, {"startup_timeout": True}, TypeError, "True"),
     "lifespan": (App, {"lifespan": "of"}, ValueError, "lifespan must be one of 'auto', 'on', 'off', not 'of'"),

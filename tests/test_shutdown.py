@@ -5,6 +5,8 @@ How a server stops: what is in flight finishes within the budget, the rest is fo
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -77,8 +79,19 @@ async def test_when_the_budget_is_over_the_handlers_are_cancelled_and_awaited(
         await app.holding.wait()
 
     assert app.events == ["startup", "GET /hold", "cancelled /hold", "shutdown", "lifespan over"]
-    (line,) = (record.message for record in caplog.records if record.name == "aioserve")
-    assert line == "stopped by force: handlers cancelled: 1, connections dropped: 0"
+    (line,) = (record.message for record in caplog.records if record.levelno >= logging.WARNING)
+    assert re.fullmatch(
+        rf"{server.url} was stopped by force: handlers cancelled: 1, connections dropped: 0: "
+        r"GET /hold of 127\.0\.0\.1:\d+ in App\.request \(.*apps\.py:\d+\)",
+        line,
+    )
+    report = server.report
+    assert report is not None
+    (handler,) = report.cancelled
+    assert handler[:2] == ("GET", "/hold")
+    assert not handler.stuck
+    assert handler.where[0].startswith("RequestResponseCycle.run_asgi (")
+    assert handler.where[-1].startswith("Event.wait (")
 
 
 async def test_an_endless_stream_does_not_hold_the_block() -> None:
@@ -122,7 +135,7 @@ async def test_a_handler_that_swallows_its_cancellation_does_not_hold_the_block(
         await app.holding.wait()
         (handler,) = server.uvicorn.server_state.tasks
         await server.aclose()
-        assert "not all of them have ended" in caplog.text
+        assert "and is stuck" in caplog.text
         assert app.events[-2:] == ["shutdown", "lifespan over"]
         app.release.set()
         await asyncio.wait({handler})

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from aioserve._serving import serve as serve
     from aioserve._serving import serving as serving
     from aioserve._serving import start as start
+    from aioserve._shutdown import CancelledHandler as CancelledHandler
+    from aioserve._shutdown import Report as Report
 
 __all__ = [
     "App",
+    "CancelledHandler",
     "Options",
+    "Report",
     "Server",
     "ServerCrashedError",
     "ServingError",
@@ -44,7 +48,9 @@ __all__ = [
 
 _HOME = {
     "App": "_options",
+    "CancelledHandler": "_shutdown",
     "Options": "_options",
+    "Report": "_shutdown",
     "Server": "_server",
     "ServerCrashedError": "_errors",
     "ServingError": "_errors",

@@ -1,33 +1,39 @@
 """
 The one file that knows uvicorn's insides. When uvicorn changes, this file changes and nothing else.
 
-What it relies on, in uvicorn 0.40 to 0.54:
+What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says what breaks without it):
 
 - `Server(config)` keeps `server_state`; the protocols are made with `config`, `server_state` and `app_state`, and put
   themselves into `server_state.connections` with `add()` and out of it with `discard()` (HTTP) or `remove()`
   (WebSocket); an upgrade takes one out and puts another in. `server_state.tasks` holds a task per request or WebSocket.
-- HTTP protocols read `server_state.default_headers` at each request, and count up `server_state.total_requests`.
-- Each protocol has `transport`, and `shutdown()`: it closes an idle connection, makes the response of a busy one its
-  last, and closes a WebSocket with 1012.
-- A lost HTTP connection can leave its keep-alive timer behind: `timeout_keep_alive_task`.
-- The legacy WebSocket protocol runs tasks of its own: `handler_task`, which outlives its others.
-- A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope`.
+- HTTP protocols read their own `server_state.default_headers` at each request, and count up
+  `server_state.total_requests` when a response is complete. In between there is `cycle`: with `scope`,
+  `default_headers`, `response_complete`, `disconnected`, `message_event` and `logger`.
+- Their `timeout_keep_alive_task` is a timer after a response, and `None` again as soon as more bytes have come. A lost
+  connection can leave it behind.
+- What of a next request has come is told by httptools' `scope` and `pipeline`, and by h11's `conn.trailing_data`.
+- Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012.
+- The legacy WebSocket protocol runs tasks of its own: `handler_task` and `close_connection_task`.
+- A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope` and a `logger`.
 - `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`.
 
-What is ours in place of uvicorn's: `serve()`, which runs on events instead of a tick; the lifespan; the sockets; and no
-signal handlers at all.
+What is ours in place of uvicorn's: `serve()`, which runs on events instead of a tick; the lifespan; the sockets and
+what they accept; the shutdown; and no signal handlers at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
+import functools
 import inspect
 import logging
+import os
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +43,9 @@ from uvicorn.importer import import_from_string
 from uvicorn.server import ServerState
 
 from aioserve._errors import ServerCrashedError, StartupError
-from aioserve._lifespan import Lifespan
-from aioserve._shutdown import shut_down
-from aioserve._sockets import url_of
+from aioserve._lifespan import Lifespan, describe
+from aioserve._shutdown import CancelledHandler, Report, shut_down
+from aioserve._sockets import Acceptor, url_of
 from aioserve._waiting import Waiting
 
 if TYPE_CHECKING:
@@ -47,6 +53,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserve")
 uvicorn_logger = logging.getLogger("uvicorn.error")
+
+CLOSE = (b"connection", b"close")
+
+
+class Standing(enum.Enum):
+    """What a connection that is to be closed is still owed."""
+
+    BUSY = enum.auto()
+    """An answer: a request is being handled."""
+    ARRIVING = enum.auto()
+    """The rest of a request, and its answer: a part of it has come."""
+    SILENT = enum.auto()
+    """A first request, for a moment: it may be on its way."""
+    IDLE = enum.auto()
+    """Nothing."""
 
 
 class Engine(uvicorn.Server):
@@ -63,6 +84,12 @@ class Engine(uvicorn.Server):
     on_crash: Callable[[], None] | None = None
     """Called when the server dies in the middle of serving, from its own task."""
 
+    report: Report | None = None
+    """How the shutdown went, when it is over."""
+
+    out_of_time: bool = False
+    """Whether the deadline of a `close()` is over, which ends what the requests in flight are given."""
+
     def __init__(self, settings: Settings, sockets: Sequence[socket.socket]) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -70,13 +97,20 @@ class Engine(uvicorn.Server):
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.stopping: anyio.Event = anyio.Event()
         self.closed: asyncio.Event = asyncio.Event()
-        self.servers: list[asyncio.Server] = []
 
         super().__init__(settings.config)
         load(settings.config)
         self.settings = settings
         self.sockets = sockets
         self.urls: list[str] = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]
+        self.acceptor = Acceptor(
+            sockets,
+            self._create_protocol,
+            ssl=settings.config.ssl,
+            backlog=settings.config.backlog,
+            changed=self.waiting.notify,
+        )
+        self.servers = [self.acceptor]  # type: ignore[list-item]  # all that is asked of an asyncio.Server there
 
         limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
         self.server_state: _State = _State(self) if limit is None else _LimitedState(self, limit)
@@ -88,8 +122,12 @@ class Engine(uvicorn.Server):
             waiting=self.waiting,
         )
 
+        self.crashed = False
+        self.asked_at: float | None = None
         self._running = False
-        self._accepting = False
+        self._leaving = False  # the drain is over: connections close when they are owed nothing more
+        self._patient = True  # it may still be that a silent one speaks
+        self._lingering: dict[Any, _Lingering] = {}
         self._watched: set[asyncio.Task[Any]] = set()
         self._background: set[asyncio.Task[Any]] = set()
         self._date_timer: asyncio.TimerHandle | None = None
@@ -107,7 +145,7 @@ class Engine(uvicorn.Server):
             await shut_down(self)
         except GeneratorExit:
             # Its loop was closed under it, and now it is garbage.
-            self._close_sockets()
+            self.acceptor.close()
             raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave our task)
             self._fail("the server's own task failed while it was stopping", exc)
@@ -116,8 +154,7 @@ class Engine(uvicorn.Server):
     async def _serve_until_asked(self) -> None:
         try:
             await self.lifespan.startup(self.settings.startup_timeout)
-            await self._start_accepting()
-        except (StartupError, OSError) as exc:
+        except StartupError as exc:
             self.error = exc
             return
         except GeneratorExit:
@@ -125,6 +162,8 @@ class Engine(uvicorn.Server):
         except BaseException as exc:  # noqa: BLE001 (the same; and the lifespan must be ended all the same)
             self._fail("the server's own task failed while it was starting", exc)
             return
+        self._refresh_default_headers()
+        self.acceptor.start()
         self.started = True
         uvicorn_logger.info("Serving on %s", ", ".join(self.urls))
         self._tell_starter()
@@ -140,28 +179,10 @@ class Engine(uvicorn.Server):
             self.error = StartupError("the server's own task was cancelled before it had begun")
             self._clean_up()
 
-    async def _start_accepting(self) -> None:
-        self._refresh_default_headers()
-        self._accepting = True
-        for sock in self.sockets:
-            # In two steps: should our task be cancelled in the second, we have what to close.
-            server = await self._loop.create_server(
-                self._create_protocol,
-                sock=sock,
-                ssl=self.config.ssl,
-                backlog=self.config.backlog,
-                start_serving=False,
-            )
-            self.servers.append(server)
-        for server in self.servers:
-            try:
-                await server.start_serving()
-            except asyncio.CancelledError:
-                self.waiting.force()
-
     def _fail(self, what: str, cause: BaseException | None) -> None:
-        self.error = ServerCrashedError(f"{what}: {type(cause).__name__}: {cause}")
+        self.error = ServerCrashedError(f"{what}: {describe(cause)}")
         self.error.__cause__ = cause
+        self.crashed = True
         self.close()
         if self.on_crash is not None:
             self.on_crash()
@@ -169,9 +190,9 @@ class Engine(uvicorn.Server):
             logger.error("%s", self.error, exc_info=cause)
 
     def _clean_up(self) -> None:
-        self._accepting = False
-        self.close_listeners()
-        self._close_sockets()
+        self.acceptor.close()
+        for lingering in list(self._lingering.values()):
+            lingering.end()
         for timer in (self._date_timer, self._deadline):
             if timer is not None:
                 timer.cancel()
@@ -180,10 +201,6 @@ class Engine(uvicorn.Server):
             uvicorn_logger.info("Closed %s", ", ".join(self.urls))
         self._tell_starter()
         self.closed.set()
-
-    def _close_sockets(self) -> None:
-        for sock in self.sockets:
-            sock.close()
 
     def _tell_starter(self) -> None:
         if not self.ready.done():
@@ -195,6 +212,8 @@ class Engine(uvicorn.Server):
         """
         Ask for a graceful stop, from anywhere; a deadline, in the loop's time, can only shorten it.
         """
+        if self._loop.is_closed():
+            return  # and so is the server
         if threading.get_ident() == self._thread:
             self._close(deadline)
             if asyncio.current_task(self._loop) is not None:
@@ -203,12 +222,17 @@ class Engine(uvicorn.Server):
         try:
             self._loop.call_soon_threadsafe(self._close, deadline)
         except RuntimeError:
-            pass  # its loop is closed, and so is the server
+            pass  # its loop has been closed just now
 
     def _close(self, deadline: float | None) -> None:
         if self.closed.is_set():
             return
-        self.stopping.set()
+        if self.asked_at is None:
+            self.asked_at = self._loop.time()
+            self.stopping.set()
+            # From here on, every HTTP/1 response says that it is the last of its connection.
+            for connection in list(self.server_state.connections):
+                _make_last(self, connection)
         self.waiting.notify()
         if deadline is None:
             return
@@ -218,47 +242,70 @@ class Engine(uvicorn.Server):
         elif self._deadline is None or deadline < self._deadline.when():
             if self._deadline is not None:
                 self._deadline.cancel()
-            self._deadline = self._loop.call_at(deadline, self.waiting.force)
+            self._deadline = self._loop.call_at(deadline, self._run_out_of_time)
+
+    def _run_out_of_time(self) -> None:
+        self.out_of_time = True
+        self.waiting.notify()
 
     # What the shutdown is told in.
 
-    @property
-    def accepting(self) -> bool:
-        return self._accepting and bool(self.servers)
-
-    def stop_accepting(self) -> None:
+    def dismiss(self, *, patient: bool) -> None:
         """
-        Accept nothing more, but leave the listeners open for the turns in which the last connections are made.
+        Close the connections that are owed nothing, WebSockets with 1012, and each other one as soon as it is.
 
-        asyncio drops a connection that it has accepted and not yet made when its server is closed, and leaks its
-        socket. (uvloop makes it at once, and knows no such reader.)
+        Args:
+            patient: Whether a connection that has never sent anything is still owed a first request.
         """
-        self._accepting = False
-        for server in self.servers:
-            for sock in server.sockets:
-                self._loop.remove_reader(sock.fileno())
-
-    def close_listeners(self) -> None:
-        for server in self.servers:
-            server.close()
-
-    def finish_connections(self) -> None:
-        """Close what is idle, with 1012 what is a WebSocket; let what is busy finish, and be its last."""
+        self._leaving = True
+        self._patient = patient
+        if not patient:
+            self.acceptor.give_up()
         for connection in list(self.server_state.connections):
-            self._finish(connection)
+            self._dismiss(connection)
+
+    def nobody_is_silent(self) -> bool:
+        """Whether no connection is left that is owed a first request."""
+        return not self.acceptor.making and not any(
+            _standing(connection) is Standing.SILENT for connection in self.server_state.connections
+        )
 
     def is_quiet(self) -> bool:
         """Whether no connection and no handler is left."""
-        if self.server_state.connections:
+        if self.server_state.connections or self.acceptor.making:
             return False
         return not self._handlers()
 
-    def cancel_handlers(self) -> int:
-        """Cancel the handlers that are left, and return how many."""
-        handlers = self._handlers()
-        for task in handlers:
+    def has_handlers(self) -> bool:
+        return bool(self._handlers())
+
+    def persuade(self) -> None:
+        """Tell the handlers that wait in `receive()`, or will, that their client has gone; they may still send."""
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and not cycle.response_complete:
+                _persuade(cycle)
+
+    def cancel_handlers(self) -> list[tuple[asyncio.Task[Any], CancelledHandler]]:
+        """Cancel the handlers that are left, and return them, each with where it was."""
+        cancelled = []
+        for task in self._handlers():
+            if task in self.server_state.tasks:
+                cancelled.append((task, _describe(task)))
+                _quieten(task)
             task.cancel()
-        return len(handlers)
+        return cancelled
+
+    def abort_connections(self) -> int:
+        """Drop the connections that are left, and return how many."""
+        self.acceptor.give_up()
+        connections = list(self.server_state.connections)
+        for connection in connections:
+            connection.transport.abort()
+            if connection in self.server_state.connections:
+                # A TLS transport that was closed twice has forgotten how to abort (CPython, 3.11 to 3.13).
+                _hang_up(connection.transport)
+        return len(connections)
 
     def is_ours(self, task: asyncio.Task[Any] | None) -> bool:
         """Whether it is the lifespan's task, or a request's or WebSocket's."""
@@ -267,18 +314,8 @@ class Engine(uvicorn.Server):
         if task is self.lifespan.task or task in self.server_state.tasks:
             return True
         # An eager task runs before uvicorn has it in its set.
-        scope = scope_of(task)
+        scope = getattr(_runs_for(task), "scope", None)
         return scope is not None and getattr(scope["state"].get("aioserve"), "_engine", None) is self
-
-    def has_handlers(self) -> bool:
-        return bool(self._handlers())
-
-    def abort_connections(self) -> int:
-        """Drop the connections that are left, and return how many."""
-        connections = list(self.server_state.connections)
-        for connection in connections:
-            connection.transport.abort()
-        return len(connections)
 
     def _handlers(self) -> set[asyncio.Task[Any]]:
         """The tasks that are left of the handlers; their ends are noticed from here on."""
@@ -290,20 +327,34 @@ class Engine(uvicorn.Server):
 
     def _handler_done(self, task: asyncio.Task[Any]) -> None:
         self._watched.discard(task)
+        if self.config.ssl and self._leaving:
+            for connection in list(self.server_state.connections):
+                self._see_off(connection)
         self.waiting.notify()
 
-    def _finish(self, connection: Any) -> None:
-        background = getattr(connection, "handler_task", None)
-        if background is not None and not background.done():
-            self._background.add(background)
-            background.add_done_callback(self._background.discard)
-        if connection.transport.is_closing():
+    def response_complete(self, connection: Any) -> None:
+        """A connection has answered after the stop was asked; look at it again when it is done with that."""
+        if self._leaving:
+            self._loop.call_soon(self._dismiss, connection)
+            self.waiting.notify()
+
+    def _dismiss(self, connection: Any) -> None:
+        if connection not in self.server_state.connections:
             return
-        try:
-            connection.shutdown()
-        except Exception:  # noqa: BLE001
-            # The protocol is in no state to say goodbye, as h11 after a request that was none.
-            connection.transport.abort()
+        if not connection.transport.is_closing():
+            standing = _standing(connection)
+            if standing is Standing.IDLE or (standing is Standing.SILENT and not self._patient):
+                try:
+                    connection.shutdown()
+                except Exception:  # noqa: BLE001
+                    # The protocol is in no state to say goodbye, as h11 after a request that was none.
+                    connection.transport.abort()
+        self._see_off(connection)
+
+    def _see_off(self, connection: Any) -> None:
+        """Wait no longer for the client's part in closing a TLS connection than until ours is sent."""
+        if self.config.ssl and connection.transport.is_closing() and connection not in self._lingering:
+            self._lingering[connection] = _Lingering(connection.transport, lambda: self._lingering.pop(connection))
 
     # Connections come and go.
 
@@ -319,17 +370,26 @@ class Engine(uvicorn.Server):
         return protocol  # type: ignore[no-any-return]
 
     def connection_added(self, connection: Any) -> None:
-        if not self._accepting:
-            # It was accepted in the last moment, or has just been upgraded to a WebSocket.
-            self._loop.call_soon(self._finish, connection)
-        elif self._date_timer is None and self.config.date_header:
+        if self.asked_at is not None:
+            _make_last(self, connection)
+            if self._leaving:
+                # It was accepted in the last moment, or has just been upgraded to a WebSocket.
+                self._loop.call_soon(self._dismiss, connection)
+        if self._date_timer is None and self.config.date_header:
             self._tick()
 
     def connection_removed(self, connection: Any) -> None:
-        timer = getattr(connection, "timeout_keep_alive_task", None)
-        if timer is not None:
-            timer.cancel()
-        if not self._accepting and not self.server_state.connections:
+        _let_go_of_timer(connection)
+        lingering = self._lingering.get(connection)
+        if lingering is not None:
+            lingering.end()
+        # The legacy WebSocket protocol has tasks that outlive it by some turns.
+        for name in ("handler_task", "close_connection_task"):
+            task = getattr(connection, name, None)
+            if task is not None and not task.done():
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+        if self._leaving:
             self.waiting.notify()
 
     def requests_exhausted(self, limit: int) -> None:
@@ -422,14 +482,267 @@ class _Connections(set[Any]):
         self.discard(connection)
 
 
-def scope_of(task: asyncio.Task[Any]) -> Scope | None:
-    """What the handler that runs in the task was called with; `None` where the task is no handler."""
-    coroutine: Any = task.get_coro()
-    frame = getattr(coroutine, "cr_frame", None)
+# What uvicorn's protocols are asked.
+
+
+def _standing(connection: Any) -> Standing:
+    if not hasattr(connection, "cycle"):
+        return Standing.IDLE  # a WebSocket can be told to come again at any time
+    cycle = connection.cycle
+    if cycle is not None and not cycle.response_complete:
+        return Standing.BUSY
+
+    scope = None if cycle is None else cycle.scope
+    if hasattr(connection, "pipeline"):  # httptools
+        arriving = connection.scope is not scope
+    elif hasattr(connection.conn, "trailing_data"):  # h11
+        arriving = bool(connection.conn.trailing_data[0])
+    else:  # zttp does not tell of a first request
+        arriving = cycle is not None and connection.timeout_keep_alive_task is None
+    if arriving:
+        return Standing.ARRIVING
+    return Standing.SILENT if cycle is None else Standing.IDLE
+
+
+def _more_is_waiting(connection: Any) -> bool:
+    """Whether the connection's client has sent more requests, without waiting for an answer to the first."""
+    if hasattr(connection, "pipeline"):  # httptools
+        return bool(connection.pipeline)
+    trailing: tuple[bytes, bool] | None = getattr(connection.conn, "trailing_data", None)  # h11; zttp does not tell
+    return trailing is not None and bool(trailing[0]) and not connection.cycle.more_body
+
+
+def _make_last(engine: Engine, connection: Any) -> None:
+    """Let every response of an HTTP connection that has not begun yet say "connection: close"."""
+    if not hasattr(connection, "cycle") or isinstance(connection.server_state, _LastState):
+        return
+    connection.server_state = state = _LastState(engine, connection)
+    cycles = [connection.cycle, *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
+    for cycle in cycles:
+        if cycle is not None:
+            cycle.default_headers = state.default_headers
+
+
+class _LastState:
+    """
+    Stands before uvicorn's state for one connection which is to close.
+
+    A request costs nothing for it before a stop is asked for.
+    """
+
+    def __init__(self, engine: Engine, connection: Any) -> None:
+        self._engine = engine
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine.server_state, name)
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return _LastHeaders(self._connection, self._engine.server_state.default_headers)
+
+    @property
+    def total_requests(self) -> int:
+        return self._engine.server_state.total_requests
+
+    @total_requests.setter
+    def total_requests(self, value: int) -> None:
+        self._engine.server_state.total_requests = value
+        self._engine.response_complete(self._connection)
+
+
+class _LastHeaders(list[tuple[bytes, bytes]]):
+    """
+    The default headers, which get a "connection: close" when a response begins.
+
+    Not where it would take back what has been promised: in an answer to an upgrade (101), and where the client has
+    sent more requests already. (RFC 9112, 9.6: nothing is answered after it.)
+    """
+
+    def __init__(self, connection: Any, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        super().__init__(headers)
+        self._connection = connection
+
+    def __add__(self, others: Any) -> Any:
+        headers = [*self, *others]
+        connection = self._connection
+        upgraded = connection not in connection.connections
+        if upgraded or _more_is_waiting(connection) or any(name.lower() == b"connection" for name, _ in others):
+            return headers
+        return [*headers, CLOSE]
+
+
+def _let_go_of_timer(connection: Any) -> None:
+    """Let a connection that has gone, or has become a WebSocket, leave no keep-alive timer; nor set one later on."""
+    timer = getattr(connection, "timeout_keep_alive_task", None)
+    if timer is not None:
+        timer.cancel()
+    cycle = getattr(connection, "cycle", None)
+    if cycle is not None and not cycle.response_complete:
+        # An upgrade that came in one packet with a request before it: the answer to that is still to come.
+        on_response = cycle.on_response
+
+        def without_timer(*args: Any) -> None:
+            on_response(*args)
+            if connection.timeout_keep_alive_task is not None:
+                connection.timeout_keep_alive_task.cancel()
+
+        cycle.on_response = without_timer
+
+
+def _persuade(cycle: Any) -> None:
+    """
+    Let `receive()` say `http.disconnect` from now on, after what has come of the request; `send()` works as before.
+
+    uvicorn has one flag for both, so it is made to look different to the one: `receive()` waits for the event, clears
+    it, and looks at the flag.
+    """
+    if isinstance(cycle.message_event, _Persuasion):
+        return
+    event = cycle.message_event
+    cycle.message_event = _Persuasion(cycle, undelivered=event.is_set())
+    cycle.__class__ = _persuaded(type(cycle))  # type: ignore[arg-type]
+    event.set()
+
+
+class _Persuasion:
+    """In place of a cycle's `asyncio.Event`: there is always news, and it is that the client has gone."""
+
+    def __init__(self, cycle: Any, *, undelivered: bool) -> None:
+        self._cycle = cycle
+        self._undelivered = undelivered
+
+    async def wait(self) -> bool:
+        return True
+
+    def is_set(self) -> bool:
+        return True
+
+    def set(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        if self._undelivered:
+            self._undelivered = False
+        else:
+            self._cycle.persuading = True
+
+
+@functools.cache
+def _persuaded(cycle_class: type[Any]) -> type[Any]:
+    class PersuadedCycle(cycle_class):  # type: ignore[misc]
+        persuading = False
+
+        @property
+        def disconnected(self) -> bool:
+            if self.persuading:
+                self.persuading = False
+                return True
+            disconnected: bool = self.__dict__["disconnected"]
+            return disconnected
+
+        @disconnected.setter
+        def disconnected(self, value: bool) -> None:
+            self.__dict__["disconnected"] = value
+
+    return PersuadedCycle
+
+
+def _runs_for(task: asyncio.Task[Any]) -> Any:
+    """The cycle or the WebSocket protocol whose handler runs in the task; `None` where the task is no handler."""
+    frame = getattr(task.get_coro(), "cr_frame", None)
     if frame is None or frame.f_code.co_name != "run_asgi":
         return None
-    scope: Scope | None = getattr(frame.f_locals.get("self"), "scope", None)
-    return scope
+    return frame.f_locals.get("self")
+
+
+def _describe(task: asyncio.Task[Any]) -> CancelledHandler:
+    scope: Scope = getattr(_runs_for(task), "scope", {})
+    return CancelledHandler(
+        method=scope.get("method", "WEBSOCKET"),
+        path=scope.get("path", "?"),
+        client=scope.get("client"),
+        where=_where(task.get_coro()),
+        stuck=False,
+    )
+
+
+def _where(waiting: Any) -> tuple[str, ...]:
+    """The chain of coroutines, outermost first: what is called, and in which line of which file it waits."""
+    chain = []
+    while waiting is not None:
+        for kind, below in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
+            frame = getattr(waiting, f"{kind}_frame", None)
+            if frame is not None:
+                chain.append(f"{waiting.__qualname__} ({frame.f_code.co_filename}:{frame.f_lineno})")
+                waiting = getattr(waiting, f"{kind}_{below}")
+                break
+        else:
+            break
+    return tuple(chain)
+
+
+def _quieten(task: asyncio.Task[Any]) -> None:
+    """Let uvicorn not log the cancellation as an exception of the app, with a traceback: we say that in one line."""
+    runs_for = _runs_for(task)
+    if runs_for is not None:
+        runs_for.logger = _WithoutCancellation(runs_for.logger)
+
+
+class _WithoutCancellation(logging.Logger):
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.name, logger.getEffectiveLevel())
+        self._logger = logger
+
+    def handle(self, record: logging.LogRecord) -> None:
+        if not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)):
+            self._logger.handle(record)
+
+
+class _Lingering:
+    """
+    Sees to it that a closing TLS connection is gone when what we have sent is on its way, the close_notify included.
+
+    asyncio waits half a minute for that of the client's, who need not send one. (RFC 8446, 6.1.)
+    """
+
+    def __init__(self, transport: Any, ended: Callable[[], object]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._ended = ended
+        self._writable_turns = 0
+        # A descriptor of our own, since the loop lets nobody look at a transport's.
+        self._fd = os.dup(transport.get_extra_info("socket").fileno())
+        self._loop.add_writer(self._fd, self._writable)
+
+    def _writable(self) -> None:
+        # Nothing is left above TLS, and below it nothing either: that would be written in the very turn in which the
+        # socket is found writable.
+        self._writable_turns = 0 if _unsent(self._transport) else self._writable_turns + 1
+        if self._writable_turns == 3:
+            _hang_up(self._transport)
+
+    def end(self) -> None:
+        self._loop.remove_writer(self._fd)
+        os.close(self._fd)
+        self._ended()
+
+
+def _unsent(transport: Any) -> int:
+    try:
+        size: int = transport.get_write_buffer_size()
+    except AttributeError:  # closed twice, a TLS transport knows nothing more
+        return 0
+    return size
+
+
+def _hang_up(transport: Any) -> None:
+    """End a connection from below: what the kernel has is sent, and the transport finds it closed."""
+    try:
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is gone
 
 
 def load(config: uvicorn.Config) -> None:
@@ -459,8 +772,9 @@ def load(config: uvicorn.Config) -> None:
         raise StartupError(f"cannot load {app}: {type(reason).__name__}: {reason}") from reason
     except Exception as exc:
         if isinstance(exc, ssl.SSLError) and not hasattr(config, "ssl"):  # it comes before the app is imported
-            files = f"ssl_certfile={config.ssl_certfile!r}, ssl_keyfile={config.ssl_keyfile!r}"
-            raise type(exc)(exc.errno, f"{exc.strerror}; with {files}") from exc
+            names = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers")
+            given = ", ".join(f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name))
+            raise type(exc)(exc.errno, f"{exc.strerror or exc}; with {given}") from exc
         raise StartupError(f"cannot load {app}: {type(exc).__name__}: {exc}") from exc
 
     loaded = config.loaded_app

@@ -64,6 +64,8 @@ class Lifespan:
         self._told = False  # it has taken lifespan.shutdown
         self._spent = False  # it asks for more, and there is no more
         self._abandoned = False  # we have cancelled it
+        self.stuck = False
+        """Whether it was cancelled, and went on all the same."""
         self.over: bool = mode == "off"
 
     @property
@@ -115,14 +117,19 @@ class Lifespan:
             return
         if not self.over:
             self._shutdown.set()
+            time = asyncio.get_running_loop().time
             bound = None if timeout is None else max(timeout, self.grace)
+            began = time()
             ended = await self._waiting.wait_for(self._has_ended, bound)
-            if self._waiting.forced:
-                ended = await self._waiting.wait_for(self._has_ended, self.grace, even_if_forced=True)
+            if self._waiting.forced and not ended:
+                left = self.grace if bound is None else max(0.0, min(self.grace, began + bound - time()))
+                ended = await self._waiting.wait_for(self._has_ended, left, even_if_forced=True)
+            took = time() - began
             if not self.over:
                 await self._abandon()
             if not ended:
-                message = "the app's lifespan did not shut down in time; it was cancelled"
+                how = "cancelled, and goes on all the same" if self.stuck else "cancelled"
+                message = f"the app's lifespan did not shut down within {took:.3g} seconds; it was {how}"
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 
         error = self._app_error()
@@ -136,7 +143,8 @@ class Lifespan:
         self._abandoned = True
         self._shutdown.set()  # should it refuse to be cancelled, it can still be told
         self.task.cancel()
-        if not await self._waiting.wait_for(self._is_over, self.grace, even_if_forced=True):
+        self.stuck = not await self._waiting.wait_for(self._is_over, self.grace, even_if_forced=True)
+        if self.stuck:
             logger.warning("the app's lifespan is stuck: %s was cancelled and goes on all the same", self.task)
 
     async def _run(self) -> None:
@@ -207,7 +215,14 @@ class Lifespan:
         return None if ours else self.error
 
 
+def describe(error: BaseException | None) -> str:
+    """Say what it is; of a group with one exception, such as a task group raises, what that one is."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
 def _describe(what: str, error: BaseException | None, message: str | None = None) -> str:
     if error is not None:
-        return f"the app's lifespan {what}: {type(error).__name__}: {error}"
+        return f"the app's lifespan {what}: {describe(error)}"
     return f"the app's lifespan {what}: {message}" if message else f"the app's lifespan {what}, and did not say why"

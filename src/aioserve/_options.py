@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     lifespan: Literal["auto", "on", "off"]
     startup_timeout: float | None
     shutdown_timeout: float | None
+    drain_delay: float
+    disconnect_after: float | None
     factory: bool
 
     # uvicorn's, as `uvicorn.Config` describes them; a test holds them to its signature.
@@ -88,7 +90,7 @@ class Options(TypedDict, total=False):
     ws_ping_timeout: float | None
 
 
-_OURS = ("startup_timeout", "shutdown_timeout")
+_OURS = ("startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
 
 # Of what uvicorn.Config can say, this makes no sense in somebody else's loop, or not yet.
 REFUSED = {
@@ -129,6 +131,8 @@ class Settings:
     access_log: bool
     startup_timeout: float | None
     shutdown_timeout: float | None
+    drain_delay: float
+    disconnect_after: float | None
 
 
 def parse(app: App, options: Mapping[str, Any]) -> Settings:
@@ -166,7 +170,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
 
     host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
     _check_values(options)
-    timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
+    timeouts = _timeouts(options)
 
     # uvicorn's access_log=False takes the handlers from its logger, for every server of the process. Ours is told
     # connection by connection; so uvicorn is not told at all. Likewise, only what is asked for touches logging.
@@ -180,7 +184,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     again = [name for name in options if name not in _OURS]
     if again:
         raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; set it there")
-    timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
+    timeouts = _timeouts(options)
     if config.timeout_graceful_shutdown is not None:
         if "shutdown_timeout" in options:
             raise TypeError("shutdown_timeout is in conflict with the Config's timeout_graceful_shutdown; give one")
@@ -210,7 +214,16 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
 # Seconds, some thirty years: what a loop's timer can still be set to.
 _FOREVER = 1e9
 
-_TIMEOUTS = {"startup_timeout": 60.0, "shutdown_timeout": 10.0}
+_TIMEOUTS = {"startup_timeout": 60.0, "shutdown_timeout": 10.0, "drain_delay": 0.0, "disconnect_after": None}
+
+
+def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
+    timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
+    if timeouts["drain_delay"] is None:
+        raise ValueError(
+            f"drain_delay must be a limited number of seconds, not {options['drain_delay']!r}; it always passes"
+        )
+    return timeouts
 
 
 def _warn(message: str) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from aioserve._engine import Engine
+    from aioserve._shutdown import Report
 
 logger = logging.getLogger("aioserve")
 
@@ -97,6 +98,11 @@ class Server:
         return Stats(connections=len(state.connections), in_flight=len(state.tasks), served=state.total_requests)
 
     @property
+    def report(self) -> Report | None:
+        """How it was closed, and what had to be forced; `None` before that."""
+        return self._engine.report
+
+    @property
     def stopping(self) -> anyio.Event:
         """
         Set the moment a stop is asked for, by whomever.
@@ -116,7 +122,7 @@ class Server:
 
     def is_serving(self) -> bool:
         """Whether it accepts new connections."""
-        return self._engine.accepting
+        return self._engine.acceptor.is_serving()
 
     def close(self, timeout: float | None = None) -> None:
         """
@@ -127,8 +133,8 @@ class Server:
         `wait_closed()` waits for the end.
 
         Args:
-            timeout: A deadline for the requests in flight, in seconds from this call. It can only shorten the
-                `shutdown_timeout` that the server was started with; 0 forces, which cancels the handlers at once.
+            timeout: A deadline for the requests in flight, in seconds from this call, the drain included. It can only
+                shorten what the server was started with; 0 forces, which cancels the handlers at once.
 
         Raises:
             TypeError: The timeout is no number.
@@ -182,7 +188,7 @@ class Server:
         # Who is heard? The body before the server, and a cancellation before both.
         error = self._engine.error
         heard = late if late is not None and not cancelled else exc
-        if heard is None:
+        if heard is None or isinstance(heard, GeneratorExit):  # a generator that is closed has no error of its own
             if error is not None:
                 raise error
             return

@@ -1,19 +1,24 @@
 """
 How a server stops, told as a story.
 
-    stop accepting   the listeners close
-    finish           idle connections close, WebSockets get 1012; requests in flight run on, within the budget
-    force            budget over: the handlers are cancelled and awaited, what is left of connections is dropped
+    asked            `stopping` is set; from here every HTTP/1 response says "connection: close"
+    drain            for `drain_delay`, it still accepts
+    stop accepting   one last look at what waits in the kernel's queue, then the listeners close
+    owe              what is idle closes at once; who has never sent anything gets a moment for a first request
+    finish           WebSockets get 1012; requests in flight run on, within `shutdown_timeout`
+    persuade         after `disconnect_after`, or when the budget is over, `receive()` says `http.disconnect`
+    force            budget over: handlers are cancelled and awaited, what is left of connections is dropped
     end              the app's lifespan shuts down, after the last handler
 
-Every wait is for a fact (a task that ended, a connection that is gone), and every wait is bounded. With nothing in
-flight no timer is made at all.
+So a request that had reached this machine is answered, and nobody waits who is owed nothing. Every wait is for a fact
+(a task that ended, a connection that is gone), and every wait is bounded. With nothing in flight no timer is made.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioserve._errors import ShutdownError
 
@@ -22,41 +27,112 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserve")
 
+# How long a connection that has never sent anything may still do so, in seconds.
+FIRST_REQUEST = 0.25
+
 # How long cancelled handlers may take to end, in seconds; a handler that swallows its cancellation holds us no longer.
 CANCELLED_HANDLERS = 1.0
 
-# How many loop turns it takes, at most, until a connection that we accepted, closed or aborted is known, or gone: one
-# for the task of asyncio that accepts it, one for connection_made(), one to end that task.
-SETTLING_TURNS = 3
+# How many loop turns it takes, at most, until a connection that we accepted, closed or aborted is known, or gone, and
+# until what had arrived on it is read: one for the task that makes it, one for connection_made(), one to look at the
+# socket, one to read it.
+SETTLING_TURNS = 4
+
+# How many loop turns a handler gets that has been told of a disconnect, before it is cancelled: for a farewell.
+FAREWELL_TURNS = 10
+
+
+class CancelledHandler(NamedTuple):
+    """A handler that had to be cancelled, because the time for it was over."""
+
+    method: str
+    """The request's method; ``"WEBSOCKET"`` for a WebSocket."""
+    path: str
+    client: tuple[str, int] | None
+    """The client's address and port, where it has any."""
+    where: tuple[str, ...]
+    """The coroutines that were waiting for each other, outermost first, each with file and line."""
+    stuck: bool
+    """Whether it went on all the same when the server had closed."""
+
+    def __str__(self) -> str:
+        client = ":".join(map(str, self.client)) if self.client else "?"
+        inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
+        where = f" in {inner[-1]}" if inner else ""
+        return f"{self.method} {self.path} of {client}{where}{', and is stuck' if self.stuck else ''}"
+
+
+class Report(NamedTuple):
+    """How a server was closed."""
+
+    duration: float
+    """From the moment that it was asked to, in seconds."""
+    aborted: int
+    """Connections that had to be dropped."""
+    cancelled: tuple[CancelledHandler, ...]
+    """Handlers that had to be cancelled."""
+    lifespan_stuck: bool
+    """Whether the app's lifespan was cancelled, and went on all the same."""
+
+
+_ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
 
 
 async def shut_down(engine: Engine) -> None:
+    loop = asyncio.get_running_loop()
     waiting = engine.waiting
-    budget = engine.settings.shutdown_timeout
+    settings = engine.settings
+    asked = loop.time() if engine.asked_at is None else engine.asked_at
 
-    # Stop accepting. What was accepted in this very turn becomes a connection in the next ones.
-    engine.stop_accepting()
+    def time_is_over() -> bool:
+        return engine.out_of_time
+
+    # Drain; not after a crash, nor when the start has failed.
+    if settings.drain_delay and engine.started and not engine.crashed:
+        await waiting.wait_for(time_is_over, settings.drain_delay)
+
+    # Stop accepting. What was in the queue becomes connections, and what had arrived is read, in the next turns.
+    engine.acceptor.close()
     await waiting.turns(SETTLING_TURNS)
-    engine.close_listeners()
+    began = loop.time()
 
-    # Finish.
-    engine.finish_connections()
+    def time_left(limit: float | None) -> float | None:
+        return None if limit is None else max(0.0, began + limit - loop.time())
+
+    def over() -> bool:
+        return engine.is_quiet() or engine.out_of_time
+
+    # Owe, and finish.
+    engine.dismiss(patient=True)
+    budget = settings.shutdown_timeout
+    if not engine.nobody_is_silent():
+        grace = FIRST_REQUEST if budget is None else min(FIRST_REQUEST, budget)
+        await waiting.wait_for(lambda: engine.nobody_is_silent() or engine.out_of_time, grace)
+        engine.dismiss(patient=False)
     if waiting.forced:
         await waiting.turns(SETTLING_TURNS)
-    quiet = await waiting.wait_for(engine.is_quiet, budget)
+
+    # Persuade.
+    patience = settings.disconnect_after
+    if patience is not None and (budget is None or patience < budget):
+        await waiting.wait_for(over, time_left(patience))
+        engine.persuade()
+    await waiting.wait_for(over, time_left(budget))
+    if not engine.is_quiet():
+        engine.persuade()
+        await waiting.turns(FAREWELL_TURNS)
 
     # Force.
-    if not quiet:
+    aborted = 0
+    cancelled: tuple[CancelledHandler, ...] = ()
+    if not engine.is_quiet():
         handlers = engine.cancel_handlers()
         await waiting.wait_for(lambda: not engine.has_handlers(), CANCELLED_HANDLERS, even_if_forced=True)
-        connections = engine.abort_connections()
+        aborted = engine.abort_connections()
         await waiting.turns(SETTLING_TURNS)
-        logger.warning(
-            "stopped by force: handlers cancelled: %d, connections dropped: %d%s",
-            handlers,
-            connections,
-            "" if engine.is_quiet() else "; not all of them have ended",
-        )
+        cancelled = tuple(handler._replace(stuck=not task.done()) for task, handler in handlers)
+        if aborted or cancelled:
+            logger.warning("%s", _in_one_line(engine.urls[0], aborted, cancelled))
 
     # End.
     try:
@@ -66,3 +142,12 @@ async def shut_down(engine: Engine) -> None:
             engine.error = exc
         elif exc.__cause__ is not engine.error.__cause__:  # after a crash of the lifespan it is the same story
             logger.error("the server had failed before, and now: %s", exc, exc_info=exc)
+    engine.report = Report(loop.time() - asked, aborted, cancelled, engine.lifespan.stuck)
+
+
+def _in_one_line(url: str, aborted: int, cancelled: tuple[CancelledHandler, ...]) -> str:
+    line = f"{url} was stopped by force: handlers cancelled: {len(cancelled)}, connections dropped: {aborted}"
+    shown = [str(handler) for handler in cancelled[:5]]
+    if len(cancelled) > len(shown):
+        shown.append("...")
+    return ": ".join([line, "; ".join(shown)]) if shown else line
