@@ -15,7 +15,17 @@ from aioserve import Options, _options, serving, start
 from tests.apps import App
 from tests.clients import get
 
-OURS = {"host", "port", "lifespan", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "factory"}
+OURS = {
+    "host",
+    "port",
+    "sockets",
+    "lifespan",
+    "startup_timeout",
+    "shutdown_timeout",
+    "drain_delay",
+    "disconnect_after",
+    "factory",
+}
 BY_UVICORN = set(inspect.signature(uvicorn.Config).parameters) - {"app"}
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
@@ -32,6 +42,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "host bytes": (App, {"host": b"127.0.0.1"}, TypeError, "not b'127.0.0.1'"),
     "hosts none": (App, {"host": []}, ValueError, "empty sequence"),
     "hosts a number": (App, {"host": ["127.0.0.1", 5]}, TypeError, "not 5"),
+    "host with a port": (App, {"host": "127.0.0.1:8000"}, ValueError, "bare name or address, not '127.0.0.1:8000'"),
+    "host in brackets": (App, {"host": "[::1]"}, ValueError, "bare name or address, not '.::1.'"),
+    "host a url": (App, {"host": "http://localhost"}, ValueError, "bare name or address, not 'http://localhost'"),
+    "sockets and a port": (App, {"sockets": [], "port": 1}, TypeError, "sockets and port are in conflict"),
+    "sockets none": (App, {"sockets": []}, ValueError, "sockets is an empty sequence"),
+    "sockets something else": (App, {"sockets": [1]}, TypeError, "must be a sequence of sockets, not .1."),
     "host with a null": (App, {"host": "local\0host"}, ValueError, "null"),
     "timeout negative": (
         App,

@@ -108,6 +108,7 @@ class Engine(uvicorn.Server):
             self._create_protocol,
             ssl=settings.config.ssl,
             backlog=settings.config.backlog,
+            lent=settings.sockets is not None,
             changed=self.waiting.notify,
         )
         self.servers = [self.acceptor]  # type: ignore[list-item]  # all that is asked of an asyncio.Server there
@@ -301,10 +302,8 @@ class Engine(uvicorn.Server):
         self.acceptor.give_up()
         connections = list(self.server_state.connections)
         for connection in connections:
-            connection.transport.abort()
-            if connection in self.server_state.connections:
-                # A TLS transport that was closed twice has forgotten how to abort (CPython, 3.11 to 3.13).
-                _hang_up(connection.transport)
+            # Not TLS's own: one that was closed twice has forgotten how to abort (CPython, 3.11 to 3.13).
+            self.acceptor.below(connection.transport).abort()
         return len(connections)
 
     def is_ours(self, task: asyncio.Task[Any] | None) -> bool:
@@ -353,8 +352,10 @@ class Engine(uvicorn.Server):
 
     def _see_off(self, connection: Any) -> None:
         """Wait no longer for the client's part in closing a TLS connection than until ours is sent."""
-        if self.config.ssl and connection.transport.is_closing() and connection not in self._lingering:
-            self._lingering[connection] = _Lingering(connection.transport, lambda: self._lingering.pop(connection))
+        transport = connection.transport
+        below = self.acceptor.below(transport)
+        if below is not transport and transport.is_closing() and connection not in self._lingering:
+            self._lingering[connection] = _Lingering(transport, below, lambda: self._lingering.pop(connection))
 
     # Connections come and go.
 
@@ -380,6 +381,8 @@ class Engine(uvicorn.Server):
 
     def connection_removed(self, connection: Any) -> None:
         _let_go_of_timer(connection)
+        if connection.transport.is_closing():
+            self.acceptor.forget(connection.transport)
         lingering = self._lingering.get(connection)
         if lingering is not None:
             lingering.end()
@@ -706,43 +709,39 @@ class _Lingering:
     asyncio waits half a minute for that of the client's, who need not send one. (RFC 8446, 6.1.)
     """
 
-    def __init__(self, transport: Any, ended: Callable[[], object]) -> None:
+    def __init__(self, transport: Any, below: Any, ended: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
+        self._below = below
         self._ended = ended
-        self._writable_turns = 0
         # A descriptor of our own, since the loop lets nobody look at a transport's.
-        self._fd = os.dup(transport.get_extra_info("socket").fileno())
-        self._loop.add_writer(self._fd, self._writable)
+        self._socket = socket.socket(fileno=os.dup(below.get_extra_info("socket").fileno()))
+        self._loop.add_writer(self._socket, self._writable)
 
     def _writable(self) -> None:
-        # Nothing is left above TLS, and below it nothing either: that would be written in the very turn in which the
-        # socket is found writable.
-        self._writable_turns = 0 if _unsent(self._transport) else self._writable_turns + 1
-        if self._writable_turns == 3:
-            _hang_up(self._transport)
+        if self._unsent():
+            return
+        self._loop.remove_writer(self._socket)
+        # From the outside, as if the client had done it: so what has come and is not yet read does no harm, as it would
+        # with an abort (a reset, which can take back what we sent).
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone
+        self._below.resume_reading()
+
+    def _unsent(self) -> bool:
+        if self._below.get_write_buffer_size():
+            return True
+        try:
+            return bool(self._transport.get_write_buffer_size())
+        except AttributeError:
+            return False  # closed twice, a TLS transport knows nothing more
 
     def end(self) -> None:
-        self._loop.remove_writer(self._fd)
-        os.close(self._fd)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
         self._ended()
-
-
-def _unsent(transport: Any) -> int:
-    try:
-        size: int = transport.get_write_buffer_size()
-    except AttributeError:  # closed twice, a TLS transport knows nothing more
-        return 0
-    return size
-
-
-def _hang_up(transport: Any) -> None:
-    """End a connection from below: what the kernel has is sent, and the transport finds it closed."""
-    try:
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
-            sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it is gone
 
 
 def load(config: uvicorn.Config) -> None:

@@ -13,6 +13,7 @@ import difflib
 import functools
 import inspect
 import os
+import socket
 import ssl
 import types
 import typing
@@ -47,6 +48,7 @@ class Options(TypedDict, total=False):
 
     host: str | Sequence[str] | None
     port: int
+    sockets: Sequence[socket.socket] | None
     lifespan: Literal["auto", "on", "off"]
     startup_timeout: float | None
     shutdown_timeout: float | None
@@ -90,7 +92,7 @@ class Options(TypedDict, total=False):
     ws_ping_timeout: float | None
 
 
-_OURS = ("startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
+_OURS = ("sockets", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
 
 # Of what uvicorn.Config can say, this makes no sense in somebody else's loop, or not yet.
 REFUSED = {
@@ -128,6 +130,7 @@ class Settings:
     config: uvicorn.Config
     host: Host
     port: int
+    sockets: Sequence[socket.socket] | None
     access_log: bool
     startup_timeout: float | None
     shutdown_timeout: float | None
@@ -169,6 +172,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
         raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
 
     host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
+    sockets = _check_sockets(options)
     _check_values(options)
     timeouts = _timeouts(options)
 
@@ -177,11 +181,11 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     access_log = options.get("access_log", True)
     passed = {name: value for name, value in options.items() if name not in (*_OURS, "host", "port", "access_log")}
     config = uvicorn.Config(app, **{"log_config": None, **passed})
-    return Settings(config=config, host=host, port=port, access_log=access_log, **timeouts)
+    return Settings(config=config, host=host, port=port, sockets=sockets, access_log=access_log, **timeouts)
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
-    again = [name for name in options if name not in _OURS]
+    again = [name for name in options if name not in _TIMEOUTS]
     if again:
         raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; set it there")
     timeouts = _timeouts(options)
@@ -206,6 +210,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         config=config,
         host=_check_host(config.host),
         port=_check_port(config.port),
+        sockets=None,
         access_log=config.access_log,
         **timeouts,
     )
@@ -214,7 +219,12 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
 # Seconds, some thirty years: what a loop's timer can still be set to.
 _FOREVER = 1e9
 
-_TIMEOUTS = {"startup_timeout": 60.0, "shutdown_timeout": 10.0, "drain_delay": 0.0, "disconnect_after": None}
+_TIMEOUTS: dict[str, float | None] = {
+    "startup_timeout": 60.0,
+    "shutdown_timeout": 10.0,
+    "drain_delay": 0.0,
+    "disconnect_after": None,
+}
 
 
 def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,6 +275,8 @@ def _check_one_host(host: object) -> None:
         raise ValueError("host is empty; None is every interface, '127.0.0.1' this machine only")
     if "\0" in host:
         raise ValueError(f"host {host!r} has a null character in it")
+    if "/" in host or "[" in host or host.count(":") == 1:
+        raise ValueError(f"host must be a bare name or address, not {host!r}; the port is an option of its own")
 
 
 def _check_port(port: object) -> int:
@@ -273,6 +285,25 @@ def _check_port(port: object) -> int:
     if not 0 <= port <= 65535:
         raise ValueError(f"port must be from 0 to 65535, and {port} is not; 0 takes a free one")
     return port
+
+
+def _check_sockets(options: Mapping[str, Any]) -> Sequence[socket.socket] | None:
+    sockets: Sequence[socket.socket] | None = options.get("sockets")
+    if sockets is None:
+        return None
+    for name in ("host", "port"):
+        if name in options:
+            raise TypeError(f"sockets and {name} are in conflict: the sockets are bound already; give one of them")
+    if not isinstance(sockets, Sequence) or not all(isinstance(sock, socket.socket) for sock in sockets):
+        raise TypeError(f"sockets must be a sequence of sockets, not {sockets!r}")
+    if not sockets:
+        raise ValueError("sockets is an empty sequence")
+    for sock in sockets:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+            raise ValueError(f"only TCP sockets are served as yet, and {sock!r} is none")
+        if sock.getsockname()[1] == 0:
+            raise ValueError(f"{sock!r} is not bound; bind it first")
+    return sockets
 
 
 def _check_values(options: Mapping[str, Any]) -> None:

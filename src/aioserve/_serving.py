@@ -29,7 +29,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from aioserve._engine import Engine
 from aioserve._options import parse
 from aioserve._server import Server
-from aioserve._sockets import listen
+from aioserve._sockets import borrow, listen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,11 +63,18 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
             ``"127.0.0.1"``.
         port: 0, the default, takes a free one, the same on every address.
+        sockets: Bound TCP sockets to accept on, in place of a host and a port. They are lent: they are never closed,
+            and what waits in their queue at the end is left to whoever takes them next. Default: `None`.
         lifespan: ``"auto"``, the default: an app that refuses the lifespan does without; one that began it and raised
             has failed. ``"on"``: every exception is a failure. ``"off"``: the app is not asked.
         startup_timeout: How long the app's startup may take, in seconds; `None` is no limit. Default: 60.
         shutdown_timeout: How long the requests in flight may take to finish when the block ends, in seconds; `None` is
             no limit. Then their handlers are cancelled. Default: 10.
+        drain_delay: How long to go on accepting when a stop is asked for, in seconds, while every response says
+            ``connection: close``: for balancers and kept-alive clients. Default: 0.
+        disconnect_after: How long after that a handler that waits in `receive()` is told ``http.disconnect``, in
+            seconds. The default, `None`, is not before the `shutdown_timeout`. Starlette's streaming responses listen,
+            also those that would end by themselves: 0 cuts downloads short.
         factory: Whether the app is a function that makes the app. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
@@ -109,13 +116,17 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     """
     _check_backend()
     settings = parse(app, options)
-    sockets = await listen(settings.host, settings.port, backlog=settings.config.backlog)
-    try:
-        server = Server(Engine(settings, sockets))
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
+    backlog = settings.config.backlog
+    if settings.sockets is not None:
+        server = Server(Engine(settings, borrow(settings.sockets, backlog=backlog)))
+    else:
+        sockets = await listen(settings.host, settings.port, backlog=backlog)
+        try:
+            server = Server(Engine(settings, sockets))
+        except BaseException:
+            for sock in sockets:
+                sock.close()
+            raise
     await server._wait_started()
     return server
 

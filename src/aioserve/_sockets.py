@@ -19,13 +19,16 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 
 logger = logging.getLogger("aioserve")
+
+T = TypeVar("T")
 
 Host: TypeAlias = str | Sequence[str] | None
 
@@ -83,6 +86,22 @@ async def listen(host: Host, port: int, *, backlog: int) -> list[socket.socket]:
     raise last
 
 
+def borrow(sockets: Sequence[socket.socket], *, backlog: int) -> list[socket.socket]:
+    """
+    Return sockets that the caller has bound, listening.
+
+    They stay the caller's: nobody here closes them. They stay non-blocking, too, since that is shared with whoever has
+    a duplicate.
+
+    Raises:
+        OSError: One of them cannot listen.
+    """
+    for sock in sockets:
+        sock.setblocking(False)
+        sock.listen(backlog)
+    return list(sockets)
+
+
 def url_of(sock: socket.socket, scheme: str) -> str:
     """Where a client on this machine reaches the socket: a wildcard becomes loopback, IPv6 stands in brackets."""
     address, port = sock.getsockname()[:2]
@@ -106,16 +125,19 @@ class Acceptor:
         *,
         ssl: ssl.SSLContext | None,
         backlog: int,
+        lent: bool,
         changed: Callable[[], None],
     ) -> None:
         self.sockets: Sequence[socket.socket] = sockets
         self.making: set[asyncio.Task[object]] = set()
         """The connections that are accepted and not yet made: with TLS, those in their handshake."""
 
+        self._below: dict[asyncio.BaseTransport, asyncio.Transport] = {}
         self._loop = asyncio.get_running_loop()
         self._make_protocol = make_protocol
         self._ssl = ssl
         self._backlog = backlog
+        self._lent = lent
         self._changed = changed
         self._serving = False
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
@@ -129,16 +151,22 @@ class Acceptor:
             self._loop.add_reader(sock, self._accept, sock)
 
     def close(self) -> None:
-        """Accept what waits in the kernel's queue, and then nothing more."""
+        """
+        Accept what waits in the kernel's queue, and then nothing more.
+
+        The queue of a socket that is lent belongs to its next owner, and the socket itself to its lender.
+        """
         if self._serving and not self._loop.is_closed():
             self._serving = False
             for sock in self.sockets:
                 self._loop.remove_reader(sock)
-                self._accept(sock)
+                if not self._lent:
+                    self._accept(sock)
             for retry in self._retries.values():
                 retry.cancel()
-        for sock in self.sockets:
-            sock.close()
+        if not self._lent:
+            for sock in self.sockets:
+                sock.close()
 
     async def wait_closed(self) -> None:
         """Return at once: nothing of ours takes time to close."""
@@ -162,12 +190,40 @@ class Acceptor:
                 self._pause(sock, exc)
                 return
             connection.setblocking(False)
-            task = self._loop.create_task(
-                self._loop.connect_accepted_socket(self._make_protocol, connection, ssl=self._ssl)
+            if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
+                # A socket that was made with 0 for its protocol, as most are that are lent: asyncio takes no notice of
+                # it, and answers on kept-alive connections would take 40 ms.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task: asyncio.Task[object] = self._loop.create_task(
+                self._loop.connect_accepted_socket(self._make_protocol, connection)
+                if self._ssl is None
+                else self._secure(connection, self._ssl)
             )
             if not task.done():  # an eager one may be
                 self.making.add(task)
             task.add_done_callback(self._made)
+
+    async def _secure(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        """Make a connection in two steps, which asyncio would do in one, so as to know the transport below TLS."""
+        below, gate = await self._loop.connect_accepted_socket(_Gate, connection)
+        try:
+            below.pause_reading()
+            starting = self._loop.start_tls(below, gate, context, server_side=True)
+            transport = await _begin(starting, then=lambda: self._loop.call_soon(gate.hand_over, below))
+        except BaseException:
+            below.abort()
+            raise
+        assert transport is not None
+        self._below[transport] = below
+        gate.open(transport, self._make_protocol())
+
+    def below(self, transport: Any) -> Any:
+        """The transport below a TLS transport; it knows what is not yet sent, and can always be aborted."""
+        return self._below.get(transport, transport)
+
+    def forget(self, transport: asyncio.BaseTransport) -> None:
+        """Note that a connection has gone."""
+        self._below.pop(transport, None)
 
     def _made(self, task: asyncio.Task[object]) -> None:
         self.making.discard(task)
@@ -186,6 +242,62 @@ class Acceptor:
 
     def _resume(self, sock: socket.socket) -> None:
         self._loop.add_reader(sock, self._accept, sock)
+
+
+class _Gate(asyncio.Protocol):
+    """
+    Stands before the real protocol of a TLS connection until there is a transport for it.
+
+    Below TLS, it keeps what comes before TLS is there to read it (uvloop cannot be kept from reading); above, what
+    comes with the end of the handshake.
+    """
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._lost: list[Exception | None] = []
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+
+    def hand_over(self, below: Any) -> None:
+        """Give what has come below to the protocol that is there now, as a transport does: by its buffer."""
+        received, self._received = self._received, bytearray()
+        protocol = below.get_protocol()
+        while received:
+            buffer = protocol.get_buffer(len(received))
+            size = min(len(buffer), len(received))
+            buffer[:size] = received[:size]
+            protocol.buffer_updated(size)
+            del received[:size]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.append(exc)
+
+    def open(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
+        if self._lost:
+            return
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if self._received:
+            protocol.data_received(bytes(self._received))
+
+
+@types.coroutine
+def _begin(coroutine: Coroutine[Any, Any, T], *, then: Callable[[], object]) -> Generator[Any, Any, T]:
+    """Await a coroutine, and do something right after its first step, before the loop turns."""
+    try:
+        awaited = coroutine.send(None)
+        then()
+        while True:
+            try:
+                result = yield awaited
+            except BaseException as exc:  # noqa: BLE001 (it is for the coroutine)
+                awaited = coroutine.throw(exc)
+            else:
+                awaited = coroutine.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
 
 
 def _listen_on_all(addresses: Sequence[_Address], port: int, backlog: int) -> list[socket.socket]:
