@@ -1,0 +1,121 @@
+"""
+Everything that is checked, each in an environment of its own: `nox --list` says what, and `.ci/run` runs it all.
+
+    nox -s lint types
+    nox -s tests-3.13 -- tests/test_shutdown.py
+    nox -s "loops(debug)"
+
+What follows `--` goes to pytest. What names no Python runs on the one that runs nox.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import nox
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+HERE = Path(__file__).parent
+
+nox.options.default_venv_backend = "venv"
+nox.options.download_python = "never"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+
+# An environment that is there already gets what is new as well.
+NEWEST = ["--upgrade", "--upgrade-strategy", "eager"]
+
+
+def oldest() -> list[str]:
+    """Return pins to the lowest versions that pyproject.toml allows."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    return [dependency.replace(">=", "==") + ".*" for dependency in project["dependencies"]]
+
+
+def run_suite(session: nox.Session, *options: str) -> None:
+    """Run the suite, and say first on what."""
+    session.run(
+        "python",
+        "-c",
+        "import platform; from importlib.metadata import version as v; "
+        "print('uvicorn', v('uvicorn'), 'anyio', v('anyio'), 'python', platform.python_version(), flush=True)",
+    )
+    session.run("python", "-m", "pytest", "-n", "2", *options, *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("dependencies", ["newest", "oldest"], ids=["newest", "oldest"])
+def tests(session: nox.Session, dependencies: str) -> None:
+    """The suite, on each Python, with the newest uvicorn and anyio and with the oldest."""
+    session.install(*(oldest() if dependencies == "oldest" else NEWEST), "-e", ".[test]")
+    run_suite(session)
+
+
+@nox.session
+@nox.parametrize("loop", ["debug", "eager"], ids=["debug", "eager"])
+def loops(session: nox.Session, loop: str) -> None:
+    """The suite on asyncio's debug mode, and with eager tasks."""
+    if loop == "eager" and sys.version_info < (3, 12):
+        session.skip("eager tasks came with Python 3.12")
+    session.install(*NEWEST, "-e", ".[test]")
+    run_suite(session, "--loop", loop)
+
+
+@nox.session
+@nox.parametrize(
+    ("http", "ws"),
+    [("h11", "websockets"), ("httptools", "websockets-sansio"), ("zttp", "wsproto")],
+    ids=["h11", "httptools", "zttp"],
+)
+def protocols(session: nox.Session, http: str, ws: str) -> None:
+    """The suite on each of uvicorn's implementations of HTTP and WebSockets."""
+    session.install(*NEWEST, "-e", ".[test]")
+    run_suite(session, "--http", http, "--ws", ws, "--loop", "asyncio")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """How the code looks."""
+    session.install("ruff")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Whether the types fit, and whether users see them all."""
+    session.install(*NEWEST, ".[dev]")
+    session.run("mypy")
+    # It looks at what is installed, in the active environment only, and must not find the checkout.
+    with tempfile.TemporaryDirectory() as away, session.chdir(away):
+        session.run("pyright", "--ignoreexternal", "--verifytypes", "aioserve")
+
+
+@nox.session(reuse_venv=False)  # pip would take an older wheel of the same version for this one
+def wheel(session: nox.Session) -> None:
+    """The suite on the wheel, away from the checkout."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as away:
+        session.run("python", "-m", "build", "--outdir", f"{away}/dist", silent=True)
+        (built,) = Path(away, "dist").glob("*.whl")
+        session.install(f"{built}[test]")
+        shutil.copytree(HERE / "tests", Path(away, "tests"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(HERE / name, away)
+        with session.chdir(away):
+            session.run(
+                "python", "-c", "import aioserve; assert 'site-packages' in aioserve.__file__, aioserve.__file__"
+            )
+            run_suite(session)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Whether the benchmarks run; what they measure takes more rounds."""
+    session.install(*NEWEST, ".[test]")
+    for script in sorted((HERE / "benchmarks").glob("*.py")):
+        session.run("python", str(script), "--rounds", "5")
