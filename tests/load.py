@@ -40,7 +40,7 @@ async def client(port: int, ended: asyncio.Event, *, keep_alive: bool) -> None:
         except ConnectionError:
             counts["broken" if head else "unanswered"] += 1
             head = b"connection: close"
-        if b"connection: close" in head:
+        if b"connection: close" in head.lower():
             writer.transport.abort()
             writer = None
     if writer is not None:

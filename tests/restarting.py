@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +47,21 @@ async def restart_under_load(*, restarts: int, clients: int, kind: str, **option
     with socket.socket() as lent:
         lent.bind(("127.0.0.1", 0))
         lent.listen(2048)
-        load = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(LOAD),
-            str(lent.getsockname()[1]),
-            str(clients),
-            kind,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        for _ in range(restarts):
-            app.left = 2 * clients
-            app.enough.clear()
-            async with serving(app, sockets=[lent], **options):
-                await app.enough.wait()
-        async with serving(app, sockets=[lent]):
+        command = [sys.executable, str(LOAD), str(lent.getsockname()[1]), str(clients), kind]
+        with (
+            ThreadPoolExecutor(1) as executor,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load,  # noqa: ASYNC220, S603
+        ):
             assert load.stdin is not None
-            load.stdin.close()
             assert load.stdout is not None
-            counted = await load.stdout.read()
-            assert await load.wait() == 0
+            for _ in range(restarts):
+                app.left = 2 * clients
+                app.enough.clear()
+                async with serving(app, sockets=[lent], **options):
+                    await app.enough.wait()
+            async with serving(app, sockets=[lent]):
+                load.stdin.close()
+                counted = await asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
+        assert load.returncode == 0
     result: dict[str, int] = json.loads(counted)
     return result

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ def test_once_it_calls_everything_and_ends() -> None:
     printed = re.sub(r"\d+\.\d ms", "0.0 ms", re.sub(r":\d{4,}", ":8000", done.stdout))
     assert re.fullmatch(
         r"""  app: started
-started in 0\.0 ms, first imports included: http://127\.0\.0\.1:8000
+started in 0\.0 ms, the first time with uvicorn's imports: http://127\.0\.0\.1:8000
   GET /count:      {"count":\d+,"since":[\d.]+,"served":\d+}
   GET /events:     data: \d+, data: \d+, data: \d+ \.\.\.
   WebSocket /echo: hello \(\d+\)
@@ -51,3 +52,12 @@ def test_otherwise_it_serves_its_page_until_ctrl_c() -> None:
             program.send_signal(signal.SIGINT)
             assert "stopped in" in program.stdout.read()
         assert program.wait() == 0
+
+
+def test_a_busy_port_is_told_in_one_line() -> None:
+    """Without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        done = subprocess.run([*COMMAND, "--port", port], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 1
+    assert re.fullmatch(rf"The demo cannot start: .*127\.0\.0\.1:{port}.*in use.*\n", done.stderr)

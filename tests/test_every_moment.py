@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 
@@ -22,6 +23,10 @@ Record = Callable[[str, object], None]
 # then, it (4.16) takes one of them for its own, and does so in a group that has never heard of us.
 GROUP = "serve in a task group"
 
+# Before anyio 4.16, a scope (a task group's, too) now and then took a native cancellation for its own, also where there
+# was nothing but the scope.
+ANYIO_TELLS_THEM_APART = tuple(map(int, version("anyio").split(".")[:2])) >= (4, 16)
+
 # How far apart two interruptions of one run are, in turns.
 APART = (0, 1, 2, 4, 7)
 
@@ -29,6 +34,8 @@ APART = (0, 1, 2, 4, 7)
 @pytest.mark.parametrize("interrupt", [natively, by_scope, by_timeout, by_sibling], ids=lambda each: each.__name__)
 async def test_cancelled_once(door: str, interrupt: Interruption, record_property: Record) -> None:
     """The cancellation comes out, is counted once, and leaves nothing."""
+    if door == GROUP and not ANYIO_TELLS_THEM_APART:
+        pytest.skip("before anyio 4.16, a group could take a native cancellation for its own")
     record_property("points", await walk(partial(Run, door), interrupt))
 
 
@@ -46,8 +53,10 @@ async def test_cancelled_twice(door: str, apart: int, record_property: Record) -
 async def test_cancelled_natively_and_by_a_scope(door: str, apart: int, record_property: Record) -> None:
     """Whichever comes first: the native one comes out of the scope, which has no part in it."""
 
+    judge = door != GROUP and ANYIO_TELLS_THEM_APART
+
     async def both(run: Run, turn: int) -> bool:
-        return await by_scope(run, turn, native=max(turn + apart, 0), judge=door != GROUP)
+        return await by_scope(run, turn, native=max(turn + apart, 0), judge=judge)
 
     record_property("points", await walk(partial(Run, door), both))
 

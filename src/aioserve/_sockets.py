@@ -82,8 +82,8 @@ async def listen(host: Host, port: int, *, backlog: int) -> list[socket.socket]:
             if exc.errno != errno.EADDRINUSE:
                 break
     if last.errno in _HINTS and not (last.errno == errno.EADDRINUSE and port == 0):
-        raise OSError(last.errno, f"{last.strerror}; {_HINTS[last.errno]}") from last
-    raise last
+        last = OSError(last.errno, f"{last.strerror}; {_HINTS[last.errno]}")
+    raise last from None  # the system's own error says the same in fewer words
 
 
 def borrow(sockets: Sequence[socket.socket], *, backlog: int) -> list[socket.socket]:

@@ -112,11 +112,11 @@ async def main(port: int, *, once: bool) -> None:
     try:
         before = time.perf_counter()
         async with serving(make_app(worker), port=port) as server:
-            print(f"started in {milliseconds(before)}, first imports included: {server.url}")
+            print(f"started in {milliseconds(before)}, the first time with uvicorn's imports: {server.url}")
             try:
                 await call_everything(server)
                 if not once:
-                    print(f"open {server.url} in a browser; Ctrl+C stops")
+                    print(f"open {server.url} in a browser; Ctrl+C stops, and --port {server.port} starts again there")
                     await server.wait_closed()
             finally:
                 before = time.perf_counter()
@@ -192,7 +192,10 @@ def command_line() -> None:
     parser.add_argument("--once", action="store_true", help="end after the calls, without waiting for a browser")
     arguments = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(arguments.port, once=arguments.once))
+        try:
+            asyncio.run(main(arguments.port, once=arguments.once))
+        except (OSError, ValueError) as exc:  # a port that is busy, or none
+            sys.exit(f"The demo cannot start: {exc}")
 
 
 if __name__ == "__main__":
