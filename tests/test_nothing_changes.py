@@ -103,17 +103,17 @@ async def test_a_handler_that_exits_does_not_take_the_program_down(
     assert "Exception in ASGI application" in caplog.text
 
 
-def test_a_body_that_exits_ends_the_program_after_an_orderly_stop() -> None:
+@pytest.mark.parametrize("error", [SystemExit(7), KeyboardInterrupt()], ids=repr)
+def test_a_body_that_exits_ends_the_program_after_an_orderly_stop(error: BaseException) -> None:
     """With the same exception, as everything that a body raises."""
     app = App()
-    error = SystemExit(7)
 
     async def main() -> None:
         async with serving(app) as server:
             await get(server)
             raise error
 
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(type(error)) as caught:
         asyncio.run(main())
     assert caught.value is error
     assert app.events == ["startup", "GET /", "answered /", "shutdown", "lifespan over"]

@@ -349,7 +349,7 @@ async def test_nobody_is_persuaded_earlier() -> None:
 
         return StreamingResponse(numbers())
 
-    server = await start(Starlette(routes=[Route("/", stream)]), disconnect_after=60)
+    server = await start(Starlette(routes=[Route("/", stream)]), disconnect_after=60, shutdown_timeout=None)
     async with connect(server) as client:
         client.ask("/")
         await client.answer()

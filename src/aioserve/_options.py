@@ -99,7 +99,7 @@ REFUSED = {
     "callback_notify": "nothing ticks here to call it; run a task of your own",
     "env_file": "it would change the environment of your whole program; load it yourself before",
     "fd": "only TCP is served as yet; use host and port",
-    "http2": "it is experimental in uvicorn, and a graceful stop of it is not proven as yet",
+    "http2": "uvicorn's is experimental: in a stop, new streams get a 503, and the GOAWAY comes only at the very end",
     "loop": "the server runs in the loop that is running already",
     "reload": "reloading restarts the process, and this one is yours",
     "reload_delay": "reloading restarts the process, and this one is yours",
