@@ -122,6 +122,6 @@ def test_the_names_in_the_readme_are_public() -> None:
         assert name in aioserve.__all__
     members = text.split("A `Server` has\n")[1].split("\nHandlers")[0]
     found = set(re.findall(r"`(?:await )?(\w+)(?:\(.*?\))?`", members))
-    fields = {*aioserve.Stats._fields, *aioserve.Report._fields, *aioserve.CancelledHandler._fields}
+    fields = {*aioserve.Stats._fields, *aioserve.Report._fields, *aioserve.HeldUp._fields}
     assert found - fields == {name for name in vars(aioserve.Server) if not name.startswith("_")}
     assert fields - found == set()

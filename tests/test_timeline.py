@@ -44,6 +44,11 @@ MANY_TURNS = 50
 # A moment, for tests that let one pass: it is short, and nothing depends on how short.
 MOMENT = 0.05
 
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
 PIPELINING = [name for name in ("h11", "httptools") if name in HTTP_PROTOCOLS]
 
 
@@ -174,6 +179,24 @@ async def test_pipelined_requests_are_answered_and_only_the_last_says_close(
         assert b"connection: close" in rest[rest.rindex(b"HTTP/1.1") :]
 
 
+@pytest.mark.parametrize("http", PIPELINING)
+async def test_a_pipelined_request_that_nobody_has_read_is_answered(http: str) -> None:
+    """uvicorn stops reading when one waits; what comes after that is left with the kernel."""
+    app = App()
+    server = await start(app, http=http)
+    async with connect(server) as client:
+        client.ask("/hold")
+        await app.holding.wait()
+        client.ask("/")
+        await turns()
+        client.ask("/")
+        closing = asyncio.create_task(server.aclose())
+        await turns()
+        app.release.set()
+        assert (await client.rest()).count(b"hello") == 3
+        await closing
+
+
 async def test_a_silent_connection_may_still_send_a_first_request() -> None:
     """For a moment: it may be on its way."""
     async with serving(App()) as server, connect(server) as client:
@@ -266,6 +289,26 @@ async def test_responses_say_close_once_the_stop_is_asked_for() -> None:
         server.close(timeout=MOMENT)
 
 
+async def test_an_app_that_wants_to_keep_a_connection_alive_cannot() -> None:
+    """There is one word for it in the response, and it is ours."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        headers = [(b"connection", b"keep-alive"), (b"content-length", b"5")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    async with serving(app, drain_delay=60) as server, connect(server) as client:
+        client.ask("/")
+        assert b"keep-alive" in await client.answer()
+        server.close()
+        client.ask("/")
+        rest = await client.rest()
+        assert b"connection: close" in rest
+        assert b"keep-alive" not in rest
+        server.close(timeout=0)
+
+
 async def test_during_the_drain_it_still_accepts() -> None:
     """And what is idle stays, to be told at its next request."""
     async with serving(App(), drain_delay=60) as server, connect(server) as idle:
@@ -335,6 +378,38 @@ async def test_who_waits_in_receive_is_told_of_a_disconnect_and_may_say_farewell
         assert b"farewell" in await client.rest()
         assert server.report is not None
         assert server.report.cancelled == ()
+
+
+async def test_who_had_to_be_told_because_the_time_was_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """It held up the stop; that its response is cut off is no mistake of the app's, and uvicorn does not say so."""
+
+    async def endless(request: Request) -> StreamingResponse:
+        async def hello() -> AsyncIterator[str]:
+            yield "hello"
+            await asyncio.Event().wait()
+
+        return StreamingResponse(hello())
+
+    for disconnect_after in (0, None):
+        caplog.clear()
+        app = Starlette(routes=[Route("/endless", endless)])
+        server = await start(app, disconnect_after=disconnect_after, shutdown_timeout=MOMENT)
+        async with connect(server) as client:
+            client.ask("/endless")
+            await client.answer()
+            await server.aclose()
+            await client.rest()
+        assert server.report is not None
+        assert server.report.cancelled == ()
+        logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        if disconnect_after is None:
+            (handler,) = server.report.persuaded
+            assert handler[:2] == ("GET", "/endless")
+            (line,) = logged
+            assert "handlers told to end: 1, cancelled: 0; connections dropped: 0 (GET /endless of " in line
+        else:
+            assert server.report.persuaded == ()
+            assert logged == []
 
 
 async def test_nobody_is_persuaded_earlier() -> None:
@@ -471,6 +546,17 @@ async def test_a_websocket_whose_handler_sleeps_is_told_at_once_and_cancelled_wh
     assert (handler.method, handler.path, handler.stuck) == ("WEBSOCKET", "/", False)
 
 
+async def test_a_websocket_of_the_last_moment_is_told_as_well() -> None:
+    """It becomes one when the others have been told already."""
+    server = await start(App(), shutdown_timeout=None)
+    async with connect(server) as client:
+        closing = asyncio.create_task(server.aclose())
+        await turns()
+        client.writer.write(UPGRADE)
+        await client.rest()
+        await closing
+
+
 # Force.
 
 
@@ -536,7 +622,7 @@ async def test_the_report_of_an_orderly_stop() -> None:
         assert server.report is None
     assert server.report is not None
     assert 0 <= server.report.duration < 60
-    assert server.report[1:] == (0, (), False)
+    assert server.report[1:] == (0, (), (), False)
 
 
 async def test_a_deadline_is_for_the_requests_and_leaves_the_lifespan_its_time() -> None:
@@ -553,7 +639,7 @@ async def test_a_deadline_is_for_the_requests_and_leaves_the_lifespan_its_time()
     passed = asyncio.Event()
     async with serving(app) as server:
         server.close(timeout=MOMENT)
-        asyncio.get_running_loop().call_later(2 * MOMENT, passed.set)
+        asyncio.get_running_loop().call_later(6 * MOMENT, passed.set)
     assert ended
 
 
@@ -585,20 +671,82 @@ async def test_a_handshake_that_is_never_finished_ends_with_the_stop(tls: Any, m
         assert await half.rest() == b""
 
 
+@pytest.mark.parametrize("turn", range(8))
+async def test_a_client_that_leaves_in_the_middle_of_the_stop_does_no_harm(tls: Any, turn: int) -> None:
+    """Its socket may be closed already when we want to close its connection."""
+    options, context = tls
+    app = App()
+    server = await start(app, **options)
+    async with connect_tls(server, context) as idle, connect_tls(server, context) as busy:
+        idle.ask("/")
+        await idle.answer()
+        busy.ask("/hold")
+        await app.holding.wait()
+        after(turn, idle.writer.transport.abort)
+        after(MANY_TURNS, app.release.set)
+        await server.aclose()
+        assert (await busy.rest()).endswith(b"hello")
+    assert app.events[-2:] == ["shutdown", "lifespan over"]
+
+
+async def test_without_a_descriptor_to_spare_the_budget_decides(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closing TLS connection whose client reads nothing cannot be watched then; nothing breaks of it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(20_000_000)})
+
+    def exhausted(descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    options, context = tls
+    server = await start(app, shutdown_timeout=MOMENT, **options)
+    async with connect_tls(server, context) as client:
+        client.ask("/")
+        await client.reader.readuntil(b"\r\n\r\n")
+        transport: Any = client.writer.transport
+        transport.pause_reading()
+        monkeypatch.setattr("aioserve._engine.os.dup", exhausted)
+        await server.aclose()
+        monkeypatch.undo()
+    assert server.report is not None
+    assert server.report.aborted == 1
+
+
 async def test_a_websocket_over_tls_is_gone_with_the_stop(tls: Any) -> None:
     """uvicorn closes its transport twice, after which asyncio's cannot be aborted."""
     options, context = tls
     server = await start(App(), shutdown_timeout=None, **options)
     # A client that reads nothing, and so does not answer.
     async with connect_tls(server, context) as client:
-        client.writer.write(
-            b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
-            b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
+        client.writer.write(UPGRADE)
         await client.reader.readuntil(b"\r\n\r\n")
         transport: Any = client.writer.transport
         transport.pause_reading()
         await server.aclose()
+
+
+async def test_a_websocket_over_tls_that_cannot_be_told_is_dropped(tls: Any) -> None:
+    """What it was sent before is still in the way, so not even the goodbye gets through."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while True:
+            await send({"type": "websocket.send", "bytes": bytes(1_000_000)})
+
+    options, context = tls
+    server = await start(app, lifespan="off", shutdown_timeout=MOMENT, **options)
+    async with connect_tls(server, context) as client:
+        client.writer.write(UPGRADE)
+        await client.reader.readuntil(b"\r\n\r\n")
+        transport: Any = client.writer.transport
+        transport.pause_reading()
+        await turns()
+        await server.aclose()
+    assert server.report is not None
+    assert server.report.aborted == 1
 
 
 async def test_a_slow_reader_gets_all_of_its_response_over_tls(tls: Any) -> None:
@@ -667,7 +815,7 @@ async def test_a_crowd_of_silent_connections_is_waited_for_once(monkeypatch: pyt
             stack.enter_context(socket.create_connection((server.host, server.port)))
         await server.aclose()
     assert server.report is not None
-    assert server.report[1:] == (0, (), False)
+    assert server.report[1:] == (0, (), (), False)
 
 
 # Odds and ends of a stop.
@@ -696,19 +844,15 @@ async def test_a_generator_that_is_closed_hears_of_the_crash() -> None:
 
 
 def test_closing_when_the_loop_is_closed_is_no_mistake() -> None:
-    """There is nothing left to close."""
+    """There is nothing left that could be asked."""
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(start(App(), lifespan="off"))
-    server.close()
-    loop.run_until_complete(server.wait_closed())
-    other = loop.run_until_complete(start(App(), lifespan="off"))
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    loop.run_until_complete(asyncio.wait(tasks))
+    sockets = server.sockets
     loop.close()
-    other.close()
-    assert not other.is_serving()
+    server.close()
+    assert not server.is_serving()
+    for sock in sockets:  # the loop was closed too early for us to do so
+        sock.close()
 
 
 @pytest.mark.parametrize("http", PIPELINING)
@@ -716,10 +860,7 @@ async def test_an_upgrade_right_behind_a_request_leaves_no_timer(http: str) -> N
     """uvicorn answers the first when the connection is a WebSocket's already, and then waits for a next request."""
     app = App()
     async with serving(app, http=http, shutdown_timeout=MOMENT) as server, connect(server) as client:
-        client.writer.write(
-            REQUEST % b"/" + b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
-            b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
+        client.writer.write(REQUEST % b"/" + UPGRADE)
         await client.reader.readuntil(b"hello")
         await turns()
 
@@ -774,3 +915,18 @@ async def test_lent_sockets_stay_their_owners(families: list[socket.AddressFamil
                 await asyncio.sleep(0)
             assert sum(client.recv(1000).startswith(b"HTTP/1.1 200") for client in clients) == BURST
         assert all(sock.fileno() != -1 for sock in lent)
+
+
+async def test_two_servers_may_share_a_lent_socket() -> None:
+    """As when the new one starts before the old one stops."""
+    with socket.socket() as lent:
+        lent.bind(("127.0.0.1", 0))
+        async with serving(App(), sockets=[lent]) as old:
+            new = await start(App(), sockets=[lent])
+            async with connect(old) as client:
+                client.ask("/")
+                await client.answer()
+        async with new, connect(new) as client:
+            client.ask("/")
+            await client.answer()
+            assert old.stats.served + new.stats.served == 2

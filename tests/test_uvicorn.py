@@ -169,13 +169,15 @@ async def test_a_bug_of_ours_takes_down_neither_the_program_nor_the_port(monkeyp
     """Whatever happens in the server's own task, the body hears of it, and the port is free."""
 
     async def broken(engine: Any) -> None:
-        await engine.lifespan.shutdown()
         raise ZeroDivisionError
 
+    app = App()
     monkeypatch.setattr(_engine, "shut_down", broken)
     with pytest.raises(ServerCrashedError, match="while it was stopping: ZeroDivisionError"):
-        async with serving(App()) as server:
-            pass
+        async with serving(app) as server, connect(server) as connection:
+            connection.ask("/hold")
+            await app.holding.wait()
+    assert app.events[-3:] == ["cancelled /hold", "shutdown", "lifespan over"]
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(server.host, server.port)
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from aioserve._serving import serve as serve
     from aioserve._serving import serving as serving
     from aioserve._serving import start as start
-    from aioserve._shutdown import CancelledHandler as CancelledHandler
+    from aioserve._shutdown import HeldUp as HeldUp
     from aioserve._shutdown import Report as Report
 
 __all__ = [
     "App",
-    "CancelledHandler",
+    "HeldUp",
     "Options",
     "Report",
     "Server",
@@ -48,7 +48,7 @@ __all__ = [
 
 _HOME = {
     "App": "_options",
-    "CancelledHandler": "_shutdown",
+    "HeldUp": "_shutdown",
     "Options": "_options",
     "Report": "_shutdown",
     "Server": "_server",

@@ -25,15 +25,19 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
+import fcntl
 import functools
 import inspect
 import logging
 import os
 import socket
 import ssl
+import struct
+import termios
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +46,9 @@ import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.server import ServerState
 
-from aioserve._errors import ServerCrashedError, StartupError
+from aioserve._errors import ServerCrashedError, ShutdownError, StartupError
 from aioserve._lifespan import Lifespan, describe
-from aioserve._shutdown import CancelledHandler, Report, shut_down
+from aioserve._shutdown import HeldUp, Report, shut_down
 from aioserve._sockets import Acceptor, url_of
 from aioserve._waiting import Waiting
 
@@ -150,6 +154,7 @@ class Engine(uvicorn.Server):
             raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave our task)
             self._fail("the server's own task failed while it was stopping", exc)
+            await self._drop_everything()
         self._clean_up()
 
     async def _serve_until_asked(self) -> None:
@@ -189,6 +194,20 @@ class Engine(uvicorn.Server):
             self.on_crash()
         else:
             logger.error("%s", self.error, exc_info=cause)
+
+    async def _drop_everything(self) -> None:
+        """Leave nothing, also where the shutdown has failed, which is a bug of ours."""
+        self._leaving = True
+        for drop in (self.acceptor.close, self.cancel_handlers, self.abort_connections):
+            try:
+                drop()
+            except Exception:
+                logger.exception("and so did what was to clean up after it")
+        await self.waiting.wait_for(self.is_quiet, 1.0, even_if_forced=True)
+        try:
+            await self.lifespan.shutdown(0)
+        except ShutdownError as exc:
+            logger.error("%s", exc, exc_info=exc)
 
     def _clean_up(self) -> None:
         self.acceptor.close()
@@ -268,7 +287,7 @@ class Engine(uvicorn.Server):
     def nobody_is_silent(self) -> bool:
         """Whether no connection is left that is owed a first request."""
         return not self.acceptor.making and not any(
-            _standing(connection) is Standing.SILENT for connection in self.server_state.connections
+            self._standing(connection) is Standing.SILENT for connection in self.server_state.connections
         )
 
     def is_quiet(self) -> bool:
@@ -282,20 +301,20 @@ class Engine(uvicorn.Server):
 
     def persuade(self) -> None:
         """Tell the handlers that wait in `receive()`, or will, that their client has gone; they may still send."""
-        for connection in self.server_state.connections:
-            cycle = getattr(connection, "cycle", None)
-            if cycle is not None and not cycle.response_complete:
+        for task in list(self.server_state.tasks):
+            cycle = _runs_for(task)
+            if hasattr(cycle, "message_event") and not cycle.response_complete:
                 _persuade(cycle)
 
-    def cancel_handlers(self) -> list[tuple[asyncio.Task[Any], CancelledHandler]]:
-        """Cancel the handlers that are left, and return them, each with where it was."""
-        cancelled = []
+    def held_up(self) -> dict[asyncio.Task[Any], HeldUp]:
+        """The handlers that are left, each with where it is."""
+        return {task: _describe(task) for task in self._handlers() & self.server_state.tasks}
+
+    def cancel_handlers(self) -> None:
+        """Cancel the handlers that are left."""
         for task in self._handlers():
-            if task in self.server_state.tasks:
-                cancelled.append((task, _describe(task)))
-                _quieten(task)
+            _quieten(_runs_for(task))
             task.cancel()
-        return cancelled
 
     def abort_connections(self) -> int:
         """Drop the connections that are left, and return how many."""
@@ -341,7 +360,9 @@ class Engine(uvicorn.Server):
         if connection not in self.server_state.connections:
             return
         if not connection.transport.is_closing():
-            standing = _standing(connection)
+            standing = self._standing(connection)
+            if standing is Standing.ARRIVING and self._unread(connection):
+                self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
             if standing is Standing.IDLE or (standing is Standing.SILENT and not self._patient):
                 try:
                     connection.shutdown()
@@ -350,12 +371,38 @@ class Engine(uvicorn.Server):
                     connection.transport.abort()
         self._see_off(connection)
 
+    def _standing(self, connection: Any) -> Standing:
+        standing = _standing(connection)
+        if standing is Standing.BUSY or not hasattr(connection, "cycle"):
+            return standing
+        rest_of_a_body = connection.cycle is not None and connection.cycle.more_body
+        return Standing.ARRIVING if not rest_of_a_body and self._unread(connection) else standing
+
+    def _unread(self, connection: Any) -> int:
+        return _unread(self.acceptor.below(connection.transport))
+
+    def more_is_waiting(self, connection: Any) -> bool:
+        """Whether the connection's client has sent more requests, without waiting for an answer to the first."""
+        if _more_is_waiting(connection):
+            return True
+        return not connection.cycle.more_body and self._unread(connection) > 0
+
     def _see_off(self, connection: Any) -> None:
         """Wait no longer for the client's part in closing a TLS connection than until ours is sent."""
         transport = connection.transport
         below = self.acceptor.below(transport)
-        if below is not transport and transport.is_closing() and connection not in self._lingering:
-            self._lingering[connection] = _Lingering(transport, below, lambda: self._lingering.pop(connection))
+        if below is transport or not transport.is_closing() or connection in self._lingering:
+            return
+        if not _unsent(transport, below):
+            _hang_up(below)
+            return
+        try:
+            lingering = _Lingering(transport, below, lambda: self._lingering.pop(connection))
+        except OSError as exc:
+            # No descriptor is left for it; so its client decides how long it takes, or the budget.
+            logger.debug("cannot watch a closing TLS connection: %s", exc)
+            return
+        self._lingering[connection] = lingering
 
     # Connections come and go.
 
@@ -508,9 +555,9 @@ def _standing(connection: Any) -> Standing:
 
 
 def _more_is_waiting(connection: Any) -> bool:
-    """Whether the connection's client has sent more requests, without waiting for an answer to the first."""
+    """Whether more requests have been read from the connection, or a part of one."""
     if hasattr(connection, "pipeline"):  # httptools
-        return bool(connection.pipeline)
+        return bool(connection.pipeline) or connection.scope is not connection.cycle.scope
     trailing: tuple[bytes, bool] | None = getattr(connection.conn, "trailing_data", None)  # h11; zttp does not tell
     return trailing is not None and bool(trailing[0]) and not connection.cycle.more_body
 
@@ -542,7 +589,7 @@ class _LastState:
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
-        return _LastHeaders(self._connection, self._engine.server_state.default_headers)
+        return _LastHeaders(self._engine, self._connection)
 
     @property
     def total_requests(self) -> int:
@@ -562,17 +609,17 @@ class _LastHeaders(list[tuple[bytes, bytes]]):
     sent more requests already. (RFC 9112, 9.6: nothing is answered after it.)
     """
 
-    def __init__(self, connection: Any, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        super().__init__(headers)
+    def __init__(self, engine: Engine, connection: Any) -> None:
+        super().__init__(engine.server_state.default_headers)
+        self._engine = engine
         self._connection = connection
 
     def __add__(self, others: Any) -> Any:
-        headers = [*self, *others]
         connection = self._connection
         upgraded = connection not in connection.connections
-        if upgraded or _more_is_waiting(connection) or any(name.lower() == b"connection" for name, _ in others):
-            return headers
-        return [*headers, CLOSE]
+        if upgraded or self._engine.more_is_waiting(connection):
+            return [*self, *others]
+        return [*self, *(each for each in others if each[0].lower() != CLOSE[0]), CLOSE]
 
 
 def _let_go_of_timer(connection: Any) -> None:
@@ -602,6 +649,7 @@ def _persuade(cycle: Any) -> None:
     """
     if isinstance(cycle.message_event, _Persuasion):
         return
+    _quieten(cycle)
     event = cycle.message_event
     cycle.message_event = _Persuasion(cycle, undelivered=event.is_set())
     cycle.__class__ = _persuaded(type(cycle))  # type: ignore[arg-type]
@@ -659,9 +707,9 @@ def _runs_for(task: asyncio.Task[Any]) -> Any:
     return frame.f_locals.get("self")
 
 
-def _describe(task: asyncio.Task[Any]) -> CancelledHandler:
+def _describe(task: asyncio.Task[Any]) -> HeldUp:
     scope: Scope = getattr(_runs_for(task), "scope", {})
-    return CancelledHandler(
+    return HeldUp(
         method=scope.get("method", "WEBSOCKET"),
         path=scope.get("path", "?"),
         client=scope.get("client"),
@@ -685,20 +733,24 @@ def _where(waiting: Any) -> tuple[str, ...]:
     return tuple(chain)
 
 
-def _quieten(task: asyncio.Task[Any]) -> None:
-    """Let uvicorn not log the cancellation as an exception of the app, with a traceback: we say that in one line."""
-    runs_for = _runs_for(task)
-    if runs_for is not None:
-        runs_for.logger = _WithoutCancellation(runs_for.logger)
+def _quieten(runs_for: Any) -> None:
+    """
+    Let uvicorn not log what we bring about as a mistake of the app's: its cancellation, and what we have persuaded it
+    to leave unfinished. We say that in one line.
+    """
+    logger = getattr(runs_for, "logger", None)
+    if isinstance(logger, logging.Logger) and not isinstance(logger, _WithoutOurDoing):
+        runs_for.logger = _WithoutOurDoing(logger)
 
 
-class _WithoutCancellation(logging.Logger):
+class _WithoutOurDoing(logging.Logger):
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__(logger.name, logger.getEffectiveLevel())
         self._logger = logger
 
     def handle(self, record: logging.LogRecord) -> None:
-        if not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)):
+        cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+        if not cancelled and record.msg != "ASGI callable returned without completing response.":
             self._logger.handle(record)
 
 
@@ -715,33 +767,63 @@ class _Lingering:
         self._below = below
         self._ended = ended
         # A descriptor of our own, since the loop lets nobody look at a transport's.
-        self._socket = socket.socket(fileno=os.dup(below.get_extra_info("socket").fileno()))
-        self._loop.add_writer(self._socket, self._writable)
+        self._descriptor = os.dup(_descriptor(below))
+        self._loop.add_writer(self._descriptor, self._writable)
 
     def _writable(self) -> None:
-        if self._unsent():
-            return
-        self._loop.remove_writer(self._socket)
-        # From the outside, as if the client had done it: so what has come and is not yet read does no harm, as it would
-        # with an abort (a reset, which can take back what we sent).
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is gone
-        self._below.resume_reading()
-
-    def _unsent(self) -> bool:
-        if self._below.get_write_buffer_size():
-            return True
-        try:
-            return bool(self._transport.get_write_buffer_size())
-        except AttributeError:
-            return False  # closed twice, a TLS transport knows nothing more
+        if not _unsent(self._transport, self._below):
+            self._loop.remove_writer(self._descriptor)
+            _hang_up(self._below)
 
     def end(self) -> None:
-        self._loop.remove_writer(self._socket)
-        self._socket.close()
+        self._loop.remove_writer(self._descriptor)
+        os.close(self._descriptor)
         self._ended()
+
+
+def _unsent(transport: Any, below: Any) -> bool:
+    """Whether there is something in a TLS transport, or in the one below, that the kernel has not got yet."""
+    try:
+        return bool(below.get_write_buffer_size() or transport.get_write_buffer_size())
+    except AttributeError:
+        return False  # closed twice, a TLS transport knows nothing more
+
+
+def _hang_up(below: Any) -> None:
+    """
+    End a connection from the outside, as if its client had done it.
+
+    So what has come and is not yet read does no harm, as it would with an abort: a reset, which can take back what we
+    have sent.
+    """
+    try:
+        sock = socket.socket(fileno=_descriptor(below))
+    except OSError:
+        return  # it is gone
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    finally:
+        sock.detach()  # it is the transport's
+    below.resume_reading()
+
+
+def _unread(below: Any) -> int:
+    """How much has come on a connection that nobody has read yet."""
+    try:
+        (size,) = struct.unpack("i", fcntl.ioctl(_descriptor(below), termios.FIONREAD, bytes(4)))
+    except OSError:
+        return 0
+    return int(size)
+
+
+def _descriptor(below: Any) -> int:
+    sock = below.get_extra_info("socket")
+    descriptor: int = -1 if sock is None else sock.fileno()
+    if descriptor < 0:
+        raise OSError(errno.EBADF, "the connection is gone")
+    return descriptor
 
 
 def load(config: uvicorn.Config) -> None:

@@ -129,7 +129,8 @@ class Lifespan:
                 await self._abandon()
             if not ended:
                 how = "cancelled, and goes on all the same" if self.stuck else "cancelled"
-                message = f"the app's lifespan did not shut down within {took:.3g} seconds; it was {how}"
+                allowed = f"{took:.3g} s (the shutdown_timeout, or 1 if that is less)"
+                message = f"the app's lifespan did not shut down within {allowed}; it was {how}"
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 
         error = self._app_error()

@@ -205,7 +205,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     }
     if any(senseless.values()):
         said = " and ".join(name for name, is_said in senseless.items() if is_said)
-        _warn(f"{said} of the uvicorn.Config ignored: it makes no sense inside a running program")
+        _warn(f"ignored {said} of the uvicorn.Config, which cannot apply inside a running program")
     return Settings(
         config=config,
         host=_check_host(config.host),
@@ -300,7 +300,7 @@ def _check_sockets(options: Mapping[str, Any]) -> Sequence[socket.socket] | None
         raise ValueError("sockets is an empty sequence")
     for sock in sockets:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-            raise ValueError(f"only TCP sockets are served as yet, and {sock!r} is none")
+            raise ValueError(f"only TCP sockets are served as yet, not {sock!r}")
         if sock.getsockname()[1] == 0:
             raise ValueError(f"{sock!r} is not bound; bind it first")
     return sockets

@@ -118,15 +118,15 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     settings = parse(app, options)
     backlog = settings.config.backlog
     if settings.sockets is not None:
-        server = Server(Engine(settings, borrow(settings.sockets, backlog=backlog)))
+        sockets = borrow(settings.sockets, backlog=backlog)
     else:
         sockets = await listen(settings.host, settings.port, backlog=backlog)
-        try:
-            server = Server(Engine(settings, sockets))
-        except BaseException:
-            for sock in sockets:
-                sock.close()
-            raise
+    try:
+        server = Server(Engine(settings, sockets))
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
     await server._wait_started()
     return server
 

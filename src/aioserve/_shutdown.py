@@ -42,8 +42,8 @@ SETTLING_TURNS = 4
 FAREWELL_TURNS = 10
 
 
-class CancelledHandler(NamedTuple):
-    """A handler that had to be cancelled, because the time for it was over."""
+class HeldUp(NamedTuple):
+    """A handler that was still running when the time for it was over."""
 
     method: str
     """The request's method; ``"WEBSOCKET"`` for a WebSocket."""
@@ -59,7 +59,7 @@ class CancelledHandler(NamedTuple):
         client = ":".join(map(str, self.client)) if self.client else "?"
         inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
         where = f" in {inner[-1]}" if inner else ""
-        return f"{self.method} {self.path} of {client}{where}{', and is stuck' if self.stuck else ''}"
+        return f"{self.method} {self.path} of {client}{where}{', which is stuck' if self.stuck else ''}"
 
 
 class Report(NamedTuple):
@@ -69,7 +69,9 @@ class Report(NamedTuple):
     """From the moment that it was asked to, in seconds."""
     aborted: int
     """Connections that had to be dropped."""
-    cancelled: tuple[CancelledHandler, ...]
+    persuaded: tuple[HeldUp, ...]
+    """Handlers that were told of a disconnect because the time was over, and then ended by themselves."""
+    cancelled: tuple[HeldUp, ...]
     """Handlers that had to be cancelled."""
     lifespan_stuck: bool
     """Whether the app's lifespan was cancelled, and went on all the same."""
@@ -118,21 +120,23 @@ async def shut_down(engine: Engine) -> None:
         await waiting.wait_for(over, time_left(patience))
         engine.persuade()
     await waiting.wait_for(over, time_left(budget))
-    if not engine.is_quiet():
+    held_up = {} if engine.is_quiet() else engine.held_up()
+    if held_up:
         engine.persuade()
         await waiting.turns(FAREWELL_TURNS)
 
     # Force.
     aborted = 0
-    cancelled: tuple[CancelledHandler, ...] = ()
+    to_cancel = {task: handler for task, handler in held_up.items() if not task.done()}
     if not engine.is_quiet():
-        handlers = engine.cancel_handlers()
+        engine.cancel_handlers()
         await waiting.wait_for(lambda: not engine.has_handlers(), CANCELLED_HANDLERS, even_if_forced=True)
         aborted = engine.abort_connections()
         await waiting.turns(SETTLING_TURNS)
-        cancelled = tuple(handler._replace(stuck=not task.done()) for task, handler in handlers)
-        if aborted or cancelled:
-            logger.warning("%s", _in_one_line(engine.urls[0], aborted, cancelled))
+    cancelled = tuple(handler._replace(stuck=not task.done()) for task, handler in to_cancel.items())
+    persuaded = tuple(handler for task, handler in held_up.items() if task not in to_cancel)
+    if aborted or held_up:
+        logger.warning("%s", _in_one_line(engine.urls[0], aborted, persuaded, cancelled))
 
     # End.
     try:
@@ -142,12 +146,15 @@ async def shut_down(engine: Engine) -> None:
             engine.error = exc
         elif exc.__cause__ is not engine.error.__cause__:  # after a crash of the lifespan it is the same story
             logger.error("the server had failed before, and now: %s", exc, exc_info=exc)
-    engine.report = Report(loop.time() - asked, aborted, cancelled, engine.lifespan.stuck)
+    engine.report = Report(loop.time() - asked, aborted, persuaded, cancelled, engine.lifespan.stuck)
 
 
-def _in_one_line(url: str, aborted: int, cancelled: tuple[CancelledHandler, ...]) -> str:
-    line = f"{url} was stopped by force: handlers cancelled: {len(cancelled)}, connections dropped: {aborted}"
-    shown = [str(handler) for handler in cancelled[:5]]
-    if len(cancelled) > len(shown):
+def _in_one_line(url: str, aborted: int, persuaded: tuple[HeldUp, ...], cancelled: tuple[HeldUp, ...]) -> str:
+    line = (
+        f"{url} was stopped by force; handlers told to end: {len(persuaded)}, cancelled: {len(cancelled)}; "
+        f"connections dropped: {aborted}"
+    )
+    shown = [str(handler) for handler in (*cancelled, *persuaded)[:5]]
+    if len(cancelled) + len(persuaded) > len(shown):
         shown.append("...")
-    return ": ".join([line, "; ".join(shown)]) if shown else line
+    return f"{line} ({'; '.join(shown)})" if shown else line

@@ -38,8 +38,10 @@ _SAME_PORT_ATTEMPTS = 32
 # What a machine without IPv6 (or without IPv4) says of an address of the family that it lacks.
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
-# What accept() says when the process or the machine has run out of something, and how long to leave it alone: seconds.
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# What accept() can say of one connection, which has gone before we came (accept(2), on Linux).
+_GONE = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+
+# How long to leave it alone when it says something else, as when descriptors have run out: seconds.
 _ACCEPT_AGAIN_AFTER = 1.0
 
 _HINTS = {
@@ -88,18 +90,25 @@ async def listen(host: Host, port: int, *, backlog: int) -> list[socket.socket]:
 
 def borrow(sockets: Sequence[socket.socket], *, backlog: int) -> list[socket.socket]:
     """
-    Return sockets that the caller has bound, listening.
+    Return duplicates of sockets that the caller has bound, listening.
 
-    They stay the caller's: nobody here closes them. They stay non-blocking, too, since that is shared with whoever has
-    a duplicate.
+    The originals stay the caller's, open and non-blocking: that is shared with every duplicate, and to put it back
+    would freeze whoever else has one. With duplicates, several servers can accept on one socket.
 
     Raises:
         OSError: One of them cannot listen.
     """
-    for sock in sockets:
-        sock.setblocking(False)
-        sock.listen(backlog)
-    return list(sockets)
+    with ExitStack() as undo:
+        duplicates = []
+        for sock in sockets:
+            sock.setblocking(False)
+            sock.listen(backlog)
+            duplicate = sock.dup()
+            undo.callback(duplicate.close)
+            duplicate.setblocking(False)
+            duplicates.append(duplicate)
+        undo.pop_all()
+    return duplicates
 
 
 def url_of(sock: socket.socket, scheme: str) -> str:
@@ -154,7 +163,7 @@ class Acceptor:
         """
         Accept what waits in the kernel's queue, and then nothing more.
 
-        The queue of a socket that is lent belongs to its next owner, and the socket itself to its lender.
+        The queue of a socket that is lent belongs to whoever takes it next.
         """
         if self._serving and not self._loop.is_closed():
             self._serving = False
@@ -164,9 +173,8 @@ class Acceptor:
                     self._accept(sock)
             for retry in self._retries.values():
                 retry.cancel()
-        if not self._lent:
-            for sock in self.sockets:
-                sock.close()
+        for sock in self.sockets:
+            sock.close()
 
     async def wait_closed(self) -> None:
         """Return at once: nothing of ours takes time to close."""
@@ -182,12 +190,11 @@ class Acceptor:
                 connection, _address = sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionAbortedError:
-                continue  # its client has gone again
             except OSError as exc:
-                if exc.errno not in _EXHAUSTED:
-                    raise
-                self._pause(sock, exc)
+                if exc.errno in _GONE:
+                    continue
+                if self._serving:
+                    self._pause(sock, exc)
                 return
             connection.setblocking(False)
             if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
@@ -214,6 +221,8 @@ class Acceptor:
             below.abort()
             raise
         assert transport is not None
+        if gate.lost:
+            return  # its client has gone already
         self._below[transport] = below
         gate.open(transport, self._make_protocol())
 
@@ -236,9 +245,8 @@ class Acceptor:
 
     def _pause(self, sock: socket.socket, exc: OSError) -> None:
         logger.error("cannot accept: %s; trying again in %g second", exc.strerror, _ACCEPT_AGAIN_AFTER)
-        if self._serving:
-            self._loop.remove_reader(sock)
-            self._retries[sock] = self._loop.call_later(_ACCEPT_AGAIN_AFTER, self._resume, sock)
+        self._loop.remove_reader(sock)
+        self._retries[sock] = self._loop.call_later(_ACCEPT_AGAIN_AFTER, self._resume, sock)
 
     def _resume(self, sock: socket.socket) -> None:
         self._loop.add_reader(sock, self._accept, sock)
@@ -254,7 +262,7 @@ class _Gate(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._received = bytearray()
-        self._lost: list[Exception | None] = []
+        self.lost = False
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -262,8 +270,8 @@ class _Gate(asyncio.Protocol):
     def hand_over(self, below: Any) -> None:
         """Give what has come below to the protocol that is there now, as a transport does: by its buffer."""
         received, self._received = self._received, bytearray()
-        protocol = below.get_protocol()
-        while received:
+        protocol = below.get_protocol()  # none, where its client has gone
+        while protocol is not None and received:
             buffer = protocol.get_buffer(len(received))
             size = min(len(buffer), len(received))
             buffer[:size] = received[:size]
@@ -271,11 +279,9 @@ class _Gate(asyncio.Protocol):
             del received[:size]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost.append(exc)
+        self.lost = True
 
     def open(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
-        if self._lost:
-            return
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         if self._received:
