@@ -129,10 +129,9 @@ async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
 def what_is_there() -> dict[str, Any]:
     """Look at all of the process that a server could leave something in."""
     return {
-        "threads": {thread.name for thread in threading.enumerate()},
+        "threads": {thread.name for thread in threading.enumerate() if not thread.name.startswith("pytest_timeout")},
         "sockets": open_sockets(),
-        # SIGALRM is pytest-timeout's.
-        "signal handlers": {each: signal.getsignal(each) for each in signal.valid_signals() - {signal.SIGALRM}},
+        "signal handlers": {each: signal.getsignal(each) for each in signal.valid_signals()},
         "loggers": {name: what_logs(name) for name in ("", "aioserve", "uvicorn", "uvicorn.error", "uvicorn.access")},
         "warning filters": len(warnings.filters),
     }

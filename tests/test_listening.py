@@ -63,7 +63,7 @@ async def test_a_host_name_is_resolved_and_leaves_no_thread() -> None:
     name = socket.gethostname()
 
     async with serving(App(), host=name) as server:
-        assert not [thread for thread in threading.enumerate() if "resolve" in thread.name]
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("aioserve")]
         assert await answers(server.url)
 
 

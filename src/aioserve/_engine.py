@@ -738,9 +738,12 @@ def _quieten(runs_for: Any) -> None:
     Let uvicorn not log what we bring about as a mistake of the app's: its cancellation, and what we have persuaded it
     to leave unfinished. We say that in one line.
     """
-    logger = getattr(runs_for, "logger", None)
+    has_logger = runs_for
+    if isinstance(getattr(runs_for, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own
+        has_logger = runs_for.logger
+    logger = getattr(has_logger, "logger", None)
     if isinstance(logger, logging.Logger) and not isinstance(logger, _WithoutOurDoing):
-        runs_for.logger = _WithoutOurDoing(logger)
+        has_logger.logger = _WithoutOurDoing(logger)
 
 
 class _WithoutOurDoing(logging.Logger):
