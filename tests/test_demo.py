@@ -38,7 +38,14 @@ stopped in 0\.0 ms
 
 def test_otherwise_it_serves_its_page_until_ctrl_c() -> None:
     """With an endless stream open all the time, which does not hold it up."""
-    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) as program:  # noqa: S603
+
+    def not_in_the_background() -> None:
+        # Whoever runs these tests may ignore Ctrl+C, as shells let their background jobs do; and that is inherited.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(  # noqa: S603
+        COMMAND, stdout=subprocess.PIPE, text=True, preexec_fn=not_in_the_background
+    ) as program:
         assert program.stdout is not None
         lines = []
         for line in program.stdout:
