@@ -197,8 +197,8 @@ async def test_what_makes_no_sense_in_a_config_is_passed_over_with_one_warning()
     with pytest.warns(UserWarning, match=r"ignored reload and workers of the uvicorn\.Config") as warned:
         async with serving(config) as server:
             assert (await get(server)).text == "hello"
-    assert len(warned) == 1
-    assert warned[0].filename == __file__
+    (ours,) = (each for each in warned if "uvicorn.Config" in str(each.message))  # uvicorn may have its own to say
+    assert ours.filename == __file__
 
 
 @pytest.mark.parametrize("option", [{"uds": "no.sock"}, {"fd": 0}])
