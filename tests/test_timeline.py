@@ -180,8 +180,10 @@ async def test_pipelined_requests_are_answered_and_only_the_last_says_close(
 
 
 @pytest.mark.parametrize("http", PIPELINING)
-async def test_a_pipelined_request_that_nobody_has_read_is_answered(http: str) -> None:
+async def test_a_pipelined_request_that_nobody_has_read_is_answered(http: str, loop_name: str) -> None:
     """uvicorn stops reading when one waits; what comes after that is left with the kernel."""
+    if loop_name == "eager":
+        pytest.skip("an eager handler answers before what is behind its request is parsed, and known to be there")
     app = App()
     server = await start(app, http=http)
     async with connect(server) as client:
@@ -733,6 +735,7 @@ async def test_a_websocket_over_tls_that_cannot_be_told_is_dropped(tls: Any) -> 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "websocket.accept"})
+        await asyncio.sleep(0)  # an eager task is here before uvicorn is ready to hold it back
         while True:
             await send({"type": "websocket.send", "bytes": bytes(1_000_000)})
 
