@@ -107,7 +107,7 @@ class Engine(uvicorn.Server):
         self.settings = settings
         self.sockets = sockets
         self.urls: list[str] = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]
-        self.acceptor = Acceptor(
+        self.acceptor: Acceptor = Acceptor(
             sockets,
             self._create_protocol,
             ssl=settings.config.ssl,
@@ -115,7 +115,7 @@ class Engine(uvicorn.Server):
             lent=settings.sockets is not None,
             changed=self.waiting.notify,
         )
-        self.servers = [self.acceptor]  # type: ignore[list-item]  # all that is asked of an asyncio.Server there
+        self.servers: list[Any] = [self.acceptor]
 
         limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
         self.server_state: _State = _State(self) if limit is None else _LimitedState(self, limit)
@@ -127,7 +127,7 @@ class Engine(uvicorn.Server):
             waiting=self.waiting,
         )
 
-        self.crashed = False
+        self.crashed: bool = False
         self.asked_at: float | None = None
         self._running = False
         self._leaving = False  # the drain is over: connections close when they are owed nothing more

@@ -64,7 +64,7 @@ class Lifespan:
         self._told = False  # it has taken lifespan.shutdown
         self._spent = False  # it asks for more, and there is no more
         self._abandoned = False  # we have cancelled it
-        self.stuck = False
+        self.stuck: bool = False
         """Whether it was cancelled, and went on all the same."""
         self.over: bool = mode == "off"
 
