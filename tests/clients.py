@@ -5,12 +5,14 @@ Clients: httpx for what a client normally does, and bare streams for what it sho
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 
 from aioserve import Server
+from tests.turns import turns
 
 REQUEST = b"GET %s HTTP/1.1\r\nhost: test\r\n\r\n"
 
@@ -53,3 +55,13 @@ async def connect(server: Server) -> AsyncIterator[Connection]:
             await writer.wait_closed()
         except ConnectionError:
             pass
+
+
+@asynccontextmanager
+async def connect_tls(server: Server, context: ssl.SSLContext) -> AsyncIterator[Connection]:
+    reader, writer = await asyncio.open_connection(server.host, server.port, ssl=context)
+    try:
+        yield Connection(reader, writer)
+    finally:
+        writer.transport.abort()
+        await turns(5)

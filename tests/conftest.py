@@ -11,14 +11,17 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 import sys
 import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
@@ -90,6 +93,33 @@ def pytest_collection_finish() -> None:
     """Spare the collections after each test what will never be garbage: the imported modules."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """Issue certificates."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    """Make a client's context, which trusts them."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def tls_options(authority: trustme.CA, tmp_path: Path) -> dict[str, Any]:
+    """Make the options of a server with TLS: uvicorn's own."""
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    return {"ssl_certfile": str(tmp_path / "server.pem")}
+
+
+@pytest.fixture
+def tls(tls_options: dict[str, Any], trusting: ssl.SSLContext) -> tuple[dict[str, Any], ssl.SSLContext]:
+    """Both of these."""
+    return tls_options, trusting
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import errno
 import socket
-import ssl
 import threading
 from typing import Any
 
 import httpx
 import pytest
-import trustme
 
 from aioserve import _sockets, serving
 from tests.apps import App
@@ -183,27 +181,3 @@ async def test_the_sockets_are_gone_when_it_is_closed_but_the_url_stays() -> Non
     assert server.sockets == ()
     assert server.url == f"http://127.0.0.1:{server.port}"
     assert repr(server) == f"<aioserve.Server {server.url} closed>"
-
-
-async def test_uvicorns_tls_options_work() -> None:
-    """With a certificate the URL is https, and a client that trusts it gets its answer."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
-    with (
-        certificate.private_key_pem.tempfile() as key,
-        certificate.cert_chain_pems[0].tempfile() as chain,
-    ):
-        async with serving(App(), ssl_certfile=chain, ssl_keyfile=key) as server:
-            assert server.url == f"https://127.0.0.1:{server.port}"
-            async with httpx.AsyncClient(verify=trusting, trust_env=False) as client:
-                assert (await client.get(server.url)).text == "hello"
-
-
-async def test_a_bad_certificate_is_an_ssl_error(tmp_path: Any) -> None:
-    """It stays what ssl says, and names the files."""
-    (tmp_path / "bad.pem").write_text("no certificate")
-    with pytest.raises(ssl.SSLError, match=r"PEM.*ssl_certfile='.*bad\.pem'"):
-        async with serving(App(), ssl_certfile=str(tmp_path / "bad.pem")):
-            raise AssertionError

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import ssl
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ OURS = {
     "host",
     "port",
     "sockets",
+    "ssl",
     "lifespan",
     "startup_timeout",
     "shutdown_timeout",
@@ -48,6 +50,14 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "sockets and a port": (App, {"sockets": [], "port": 1}, TypeError, "sockets and port are in conflict"),
     "sockets none": (App, {"sockets": []}, ValueError, "sockets is an empty sequence"),
     "sockets something else": (App, {"sockets": [1]}, TypeError, "must be a sequence of sockets, not .1."),
+    "ssl something else": (App, {"ssl": True}, TypeError, "ssl must be an ssl.SSLContext, not True"),
+    "ssl for clients": (App, {"ssl": ssl.create_default_context()}, ValueError, "a context for clients"),
+    "ssl twice": (
+        App,
+        {"ssl": ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "ssl_certfile": "x"},
+        TypeError,
+        "ssl and ssl_certfile are in conflict",
+    ),
     "host with a null": (App, {"host": "local\0host"}, ValueError, "null"),
     "timeout negative": (
         App,

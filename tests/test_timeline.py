@@ -18,7 +18,6 @@ from typing import Any
 
 import anyio
 import pytest
-import trustme
 import websockets
 from fastapi import FastAPI
 from sse_starlette.sse import EventSourceResponse
@@ -31,15 +30,14 @@ from websockets.asyncio.client import connect as connect_websocket
 
 from aioserve import Server, ServerCrashedError, _shutdown, _sockets, serving, start
 from tests.apps import App
-from tests.clients import REQUEST, Connection, connect
-from tests.turns import after
+from tests.clients import REQUEST, connect, connect_tls
+from tests.turns import MANY_TURNS, after, turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
 BURST = 50
 
 # Whatever is to be seen without the clock has been seen by then.
-MANY_TURNS = 50
 
 # A moment, for tests that let one pass: it is short, and nothing depends on how short.
 MOMENT = 0.05
@@ -50,11 +48,6 @@ UPGRADE = (
 )
 
 PIPELINING = [name for name in ("h11", "httptools") if name in HTTP_PROTOCOLS]
-
-
-async def turns(count: int = MANY_TURNS) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 @contextlib.contextmanager
@@ -77,30 +70,6 @@ def answers(clients: list[socket.socket]) -> int:
             received += chunk
         count += received.startswith(b"HTTP/1.1 200") and b"connection: close" in received
     return count
-
-
-@pytest.fixture(scope="session")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def tls(authority: trustme.CA, tmp_path: Any) -> tuple[dict[str, Any], ssl.SSLContext]:
-    """The options of a server with TLS, and the context of a client that trusts it."""
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return {"ssl_certfile": str(tmp_path / "server.pem")}, context
-
-
-@contextlib.asynccontextmanager
-async def connect_tls(server: Server, context: ssl.SSLContext) -> AsyncIterator[Connection]:
-    reader, writer = await asyncio.open_connection(server.host, server.port, ssl=context)
-    try:
-        yield Connection(reader, writer)
-    finally:
-        writer.transport.abort()
-        await turns(5)
 
 
 # What had arrived is answered.

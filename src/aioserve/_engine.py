@@ -104,6 +104,8 @@ class Engine(uvicorn.Server):
 
         super().__init__(settings.config)
         load(settings.config)
+        if settings.ssl is not None:
+            settings.config.ssl = settings.ssl
         self.settings = settings
         self.sockets = sockets
         self.urls: list[str] = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]

@@ -14,12 +14,12 @@ import functools
 import inspect
 import os
 import socket
-import ssl
 import types
 import typing
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from configparser import RawConfigParser
+from ssl import PROTOCOL_TLS_CLIENT, SSLContext
 from typing import IO, Any, Literal, TypeAlias, TypedDict
 
 import uvicorn
@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     host: str | Sequence[str] | None
     port: int
     sockets: Sequence[socket.socket] | None
+    ssl: SSLContext | None
     lifespan: Literal["auto", "on", "off"]
     startup_timeout: float | None
     shutdown_timeout: float | None
@@ -78,7 +79,7 @@ class Options(TypedDict, total=False):
     ssl_cert_reqs: int
     ssl_certfile: str | os.PathLike[str] | None
     ssl_ciphers: str | None
-    ssl_context_factory: Callable[[uvicorn.Config, Callable[[], ssl.SSLContext]], ssl.SSLContext] | None
+    ssl_context_factory: Callable[[uvicorn.Config, Callable[[], SSLContext]], SSLContext] | None
     ssl_keyfile: str | os.PathLike[str] | None
     ssl_keyfile_password: str | None
     ssl_version: int
@@ -92,7 +93,7 @@ class Options(TypedDict, total=False):
     ws_ping_timeout: float | None
 
 
-_OURS = ("sockets", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
+_OURS = ("sockets", "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
 
 # Of what uvicorn.Config can say, this makes no sense in somebody else's loop, or not yet.
 REFUSED = {
@@ -131,6 +132,7 @@ class Settings:
     host: Host
     port: int
     sockets: Sequence[socket.socket] | None
+    ssl: SSLContext | None
     access_log: bool
     startup_timeout: float | None
     shutdown_timeout: float | None
@@ -173,6 +175,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
 
     host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
     sockets = _check_sockets(options)
+    ssl = _check_ssl(options)
     _check_values(options)
     timeouts = _timeouts(options)
 
@@ -181,7 +184,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     access_log = options.get("access_log", True)
     passed = {name: value for name, value in options.items() if name not in (*_OURS, "host", "port", "access_log")}
     config = uvicorn.Config(app, **{"log_config": None, **passed})
-    return Settings(config=config, host=host, port=port, sockets=sockets, access_log=access_log, **timeouts)
+    return Settings(config=config, host=host, port=port, sockets=sockets, ssl=ssl, access_log=access_log, **timeouts)
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
@@ -211,6 +214,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         host=_check_host(config.host),
         port=_check_port(config.port),
         sockets=None,
+        ssl=None,
         access_log=config.access_log,
         **timeouts,
     )
@@ -304,6 +308,22 @@ def _check_sockets(options: Mapping[str, Any]) -> Sequence[socket.socket] | None
         if sock.getsockname()[1] == 0:
             raise ValueError(f"{sock!r} is not bound; bind it first")
     return sockets
+
+
+def _check_ssl(options: Mapping[str, Any]) -> SSLContext | None:
+    context = options.get("ssl")
+    if context is None:
+        return None
+    if not isinstance(context, SSLContext):
+        raise TypeError(f"ssl must be an ssl.SSLContext, not {context!r}")
+    if context.protocol == PROTOCOL_TLS_CLIENT:
+        raise ValueError(
+            "ssl is a context for clients; make it with ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)"
+        )
+    for name in options:
+        if name.startswith("ssl_"):
+            raise TypeError(f"ssl and {name} are in conflict: a ready context has all in it; give one of them")
+    return context
 
 
 def _check_values(options: Mapping[str, Any]) -> None:

@@ -65,6 +65,8 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         port: 0, the default, takes a free one, the same on every address.
         sockets: Bound TCP sockets to accept on, in place of a host and a port. They are lent: they are never closed,
             and what waits in their queue at the end is left to whoever takes them next. Default: `None`.
+        ssl: A ready `ssl.SSLContext`; whoever holds it can load new certificates into it meanwhile. Default: `None`;
+            uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
         lifespan: ``"auto"``, the default: an app that refuses the lifespan does without; one that began it and raised
             has failed. ``"on"``: every exception is a failure. ``"off"``: the app is not asked.
         startup_timeout: How long the app's startup may take, in seconds; `None` is no limit. Default: 60.
