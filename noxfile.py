@@ -78,6 +78,13 @@ def protocols(session: nox.Session, http: str, ws: str) -> None:
 
 
 @nox.session
+def integration(session: nox.Session) -> None:
+    """What needs programs that pip does not install; `.ci/run` does."""
+    session.install(*NEWEST, "-e", ".[test]")
+    session.run("python", "-m", "pytest", "--integration", "tests/integration", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """How the code looks."""
     session.install("ruff")

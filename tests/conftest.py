@@ -57,6 +57,7 @@ def eager_loop() -> asyncio.AbstractEventLoop:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Choose what the whole suite runs on: uvicorn has several protocols, and which is "auto" is decided here."""
     parser.addoption("--loop", action="append", choices=list(LOOPS), help=f"default: {' and '.join(DEFAULT_LOOPS)}")
+    parser.addoption("--integration", action="store_true", help="run the tests that need more than Python and pip")
     parser.addoption("--http", choices=list(HTTP_PROTOCOLS), default="auto", help='what uvicorn takes for http="auto"')
     parser.addoption("--ws", choices=list(WS_PROTOCOLS), default="auto", help='what uvicorn takes for ws="auto"')
 

@@ -26,7 +26,7 @@ async def test_by_default_it_listens_on_this_machine_only() -> None:
     """A free port, on the IPv4 loopback."""
     async with serving(App()) as server:
         assert server.host == "127.0.0.1"
-        assert server.port > 0
+        assert server.port
         assert server.url == f"http://127.0.0.1:{server.port}"
         assert server.urls == [server.url]
         assert [sock.getsockname() for sock in server.sockets] == [("127.0.0.1", server.port)]
@@ -81,6 +81,7 @@ async def test_a_fixed_port_can_be_used_again_at_once() -> None:
     """Nothing of the first server is in the way of the second, whoever closed the connection."""
     async with serving(App()) as server:
         await get(server)
+        assert server.port is not None
     async with serving(App(), port=server.port) as again:
         assert again.port == server.port
         assert (await get(again)).text == "hello"
@@ -93,11 +94,11 @@ async def test_port_zero_tries_again_where_the_port_is_taken_on_another_address(
     tried: list[tuple[str, int]] = []
     listen_on = _sockets._listen_on
 
-    def taken_twice(address: Any, port: int, backlog: int) -> socket.socket:
+    def taken_twice(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
         tried.append((address.sockaddr[0], port))
         if address.sockaddr[0] == "127.0.0.2" and len(tried) < 5:
             raise OSError(errno.EADDRINUSE, "taken")
-        return listen_on(address, port, backlog)
+        return listen_on(address, port, backlog, **options)
 
     monkeypatch.setattr(_sockets, "_listen_on", taken_twice)
     async with serving(App(), host=["127.0.0.1", "127.0.0.2"]) as server:
@@ -111,7 +112,7 @@ async def test_port_zero_tries_again_where_the_port_is_taken_on_another_address(
 async def test_port_zero_gives_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the error of the last try, and nothing bound."""
 
-    def taken(address: Any, port: int, backlog: int) -> socket.socket:
+    def taken(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
         raise OSError(errno.EADDRINUSE, "taken")
 
     monkeypatch.setattr(_sockets, "_listen_on", taken)
@@ -126,10 +127,10 @@ async def test_a_machine_may_lack_one_family(host: str | None, lacking: int, mon
     """A name that stands for both is served on the other one."""
     listen_on = _sockets._listen_on
 
-    def without(address: Any, port: int, backlog: int) -> socket.socket:
+    def without(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
         if address.family == lacking:
             raise OSError(errno.EADDRNOTAVAIL, "no such family here")
-        return listen_on(address, port, backlog)
+        return listen_on(address, port, backlog, **options)
 
     monkeypatch.setattr(_sockets, "_listen_on", without)
     async with serving(App(), host=host) as server:
@@ -141,7 +142,7 @@ async def test_a_machine_may_lack_one_family(host: str | None, lacking: int, mon
 async def test_a_machine_that_lacks_both_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to serve on then."""
 
-    def without(address: Any, port: int, backlog: int) -> socket.socket:
+    def without(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
         raise OSError(errno.EADDRNOTAVAIL, "no such family here")
 
     monkeypatch.setattr(_sockets, "_listen_on", without)
@@ -158,19 +159,6 @@ async def test_accepted_connections_do_not_wait_for_full_packets() -> None:
         (connection,) = server.uvicorn.server_state.connections
         sock = connection.transport.get_extra_info("socket")
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-def test_the_url_of_a_scoped_address_is_quoted() -> None:
-    """RFC 6874: the % of a scope is written %25."""
-
-    class Scoped:
-        family = socket.AF_INET6
-
-        def getsockname(self) -> tuple[str, int, int, int]:
-            return ("fe80::1%eth0", 8000, 0, 2)
-
-    sock: Any = Scoped()
-    assert _sockets.url_of(sock, "http") == "http://[fe80::1%25eth0]:8000"
 
 
 async def test_the_sockets_are_gone_when_it_is_closed_but_the_url_stays() -> None:

@@ -19,7 +19,12 @@ from tests.clients import get
 OURS = {
     "host",
     "port",
+    "reuse_port",
+    "uds",
+    "uds_mode",
+    "fd",
     "sockets",
+    "systemd",
     "ssl",
     "lifespan",
     "startup_timeout",
@@ -48,6 +53,25 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "host in brackets": (App, {"host": "[::1]"}, ValueError, "bare name or address, not '.::1.'"),
     "host a url": (App, {"host": "http://localhost"}, ValueError, "bare name or address, not 'http://localhost'"),
     "sockets and a port": (App, {"sockets": [], "port": 1}, TypeError, "sockets and port are in conflict"),
+    "uds and a port": (App, {"uds": "x", "port": 1}, TypeError, "uds and port are in conflict"),
+    "uds and fd": (App, {"uds": "x", "fd": 1}, TypeError, "uds and fd are in conflict"),
+    "fd and a host": (App, {"fd": 1, "host": None}, TypeError, "fd and host are in conflict"),
+    "sharing a path": (App, {"uds": "x", "reuse_port": True}, TypeError, "uds and reuse_port are in conflict"),
+    "uds bytes": (App, {"uds": b"x"}, TypeError, "uds must be a path, .* not b'x'"),
+    "uds empty": (App, {"uds": ""}, ValueError, "uds must be the path of a file, not ''"),
+    "uds abstract": (App, {"uds": "\0x"}, ValueError, "uds must be the path of a file"),
+    "mode without uds": (App, {"uds_mode": 0o600}, TypeError, "uds_mode needs uds"),
+    "mode a string": (App, {"uds": "x", "uds_mode": "660"}, TypeError, "int like 0o660, not '660'"),
+    "mode in decimal": (App, {"uds": "x", "uds_mode": 660}, ValueError, "660 is 0o1224"),
+    "mode negative": (App, {"uds": "x", "uds_mode": -1}, ValueError, "-1"),
+    "reuse_port a number": (App, {"reuse_port": 1}, TypeError, "reuse_port must be bool, not 1"),
+    "fd a string": (App, {"fd": "3"}, TypeError, "number of a descriptor, not '3'"),
+    "fd a bool": (App, {"fd": True}, TypeError, "not True"),
+    "fd negative": (App, {"fd": -1}, ValueError, "from 0 on, not -1"),
+    "systemd a number": (App, {"systemd": 3}, TypeError, "systemd must be True, False or the name .* not 3"),
+    "systemd empty": (App, {"systemd": ""}, ValueError, "not ''; True is for all"),
+    "systemd and fd": (App, {"systemd": True, "fd": 3}, TypeError, "systemd and fd are in conflict"),
+    "systemd and sockets": (App, {"systemd": True, "sockets": [1]}, TypeError, "must be a sequence of sockets"),
     "sockets none": (App, {"sockets": []}, ValueError, "sockets is an empty sequence"),
     "sockets something else": (App, {"sockets": [1]}, TypeError, "must be a sequence of sockets, not .1."),
     "ssl something else": (App, {"ssl": True}, TypeError, "ssl must be an ssl.SSLContext, not True"),
@@ -209,10 +233,3 @@ async def test_what_makes_no_sense_in_a_config_is_passed_over_with_one_warning()
             assert (await get(server)).text == "hello"
     (ours,) = (each for each in warned if "uvicorn.Config" in str(each.message))  # uvicorn may have its own to say
     assert ours.filename == __file__
-
-
-@pytest.mark.parametrize("option", [{"uds": "no.sock"}, {"fd": 0}])
-async def test_a_config_that_listens_on_something_else_is_refused(option: dict[str, Any]) -> None:
-    """Rather than served on another socket than it says."""
-    with pytest.raises(TypeError, match="only TCP"):
-        await start(uvicorn.Config(App(), log_config=None, **option))

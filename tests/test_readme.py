@@ -24,6 +24,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import aioserve
 from aioserve import _options
+from tests.apps import App
 from tests.conftest import WARNINGS_ARE_ERRORS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -106,11 +107,14 @@ def test_the_options_in_the_readme_are_the_options_there_are() -> None:
     """With their defaults."""
     section = README.read_text().split("## Three doors")[1].split("\n## ")[0]
     rows: dict[str, str] = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section, flags=re.MULTILINE))
-    assert set(rows) == {*_options._OURS, "host", "port", "lifespan", "factory"}
-    settings = _options.parse(lambda: None, {})
+    assert set(rows) == {*_options._OURS, "lifespan", "factory"}
+    settings = _options.parse(App, {})
     defaults: dict[str, Any] = {name: ast.literal_eval(value) for name, value in rows.items()}
-    for name in (*_options._OURS, "host", "port"):
+    for name in set(_options._OURS) - set(_options._WHERE):
         assert getattr(settings, name) == defaults[name]
+    for name in _options._WHERE:  # saying the default is saying nothing
+        rest = {"uds": "app.sock"} if name == "uds_mode" else {}
+        assert _options.parse(App, {**rest, name: defaults[name]}).where == _options.parse(App, rest).where
     for name in ("lifespan", "factory"):
         assert getattr(settings.config, name) == defaults[name]
 

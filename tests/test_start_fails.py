@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 from aioserve import Server, StartupError, StartupTimeoutError, serving
 from tests.apps import App, AppError
 from tests.doors import DOORS, Door
+from tests.privileges import unprivileged
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -33,19 +33,6 @@ def busy_port() -> Iterator[int]:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         yield sock.getsockname()[1]
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Be somebody who may not open a port below 1024."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 # What can be wrong: the app and the options, the error, its text, and (where the app raised) the cause.

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from uvicorn.config import HTTP_PROTOCOLS
 from websockets.asyncio.client import connect as connect_websocket
 
-from aioserve import Server, ServerCrashedError, _shutdown, _sockets, serving, start
+from aioserve import Server, ServerCrashedError, _acceptor, _shutdown, serving, start
 from tests.apps import App
 from tests.clients import REQUEST, connect, connect_tls
 from tests.turns import MANY_TURNS, after, turns
@@ -849,8 +849,8 @@ async def test_out_of_descriptors_it_accepts_again_later(
                 raise OSError(errno.EMFILE, "Too many open files")
             return super().accept()
 
-    monkeypatch.setattr("aioserve._sockets.socket.socket", Exhausted)
-    monkeypatch.setattr(_sockets, "_ACCEPT_AGAIN_AFTER", MOMENT)
+    monkeypatch.setattr("aioserve._acceptor.socket.socket", Exhausted)
+    monkeypatch.setattr(_acceptor, "_ACCEPT_AGAIN_AFTER", MOMENT)
     again: Callable[[], bool] = lambda: "cannot accept: Too many open files" in caplog.text  # noqa: E731
     async with serving(App()) as server, connect(server) as client:
         client.ask("/")

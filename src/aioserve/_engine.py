@@ -46,14 +46,16 @@ import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.server import ServerState
 
+from aioserve._acceptor import Acceptor
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError
 from aioserve._lifespan import Lifespan, describe
 from aioserve._shutdown import HeldUp, Report, shut_down
-from aioserve._sockets import Acceptor, url_of
+from aioserve._systemd import notify
 from aioserve._waiting import Waiting
 
 if TYPE_CHECKING:
     from aioserve._options import Scope, Settings
+    from aioserve._sockets import Listener
 
 logger = logging.getLogger("aioserve")
 uvicorn_logger = logging.getLogger("uvicorn.error")
@@ -94,7 +96,7 @@ class Engine(uvicorn.Server):
     out_of_time: bool = False
     """Whether the deadline of a `close()` is over, which ends what the requests in flight are given."""
 
-    def __init__(self, settings: Settings, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, settings: Settings, listeners: Sequence[Listener]) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.waiting: Waiting = Waiting()
@@ -107,14 +109,14 @@ class Engine(uvicorn.Server):
         if settings.ssl is not None:
             settings.config.ssl = settings.ssl
         self.settings = settings
-        self.sockets = sockets
-        self.urls: list[str] = [url_of(sock, "https" if settings.config.ssl else "http") for sock in sockets]
+        self.listeners = listeners
+        scheme = "https" if settings.config.ssl else "http"
+        self.urls: list[str] = [listener.url(scheme) for listener in listeners]
         self.acceptor: Acceptor = Acceptor(
-            sockets,
+            listeners,
             self._create_protocol,
             ssl=settings.config.ssl,
             backlog=settings.config.backlog,
-            lent=settings.sockets is not None,
             changed=self.waiting.notify,
         )
         self.servers: list[Any] = [self.acceptor]
@@ -174,6 +176,7 @@ class Engine(uvicorn.Server):
         self.acceptor.start()
         self.started = True
         uvicorn_logger.info("Serving on %s", ", ".join(self.urls))
+        self._tell_systemd("READY=1")
         self._tell_starter()
 
         await self.waiting.wait_for(lambda: self.stopping.is_set() or self.lifespan.died)
@@ -228,6 +231,10 @@ class Engine(uvicorn.Server):
         if not self.ready.done():
             self.ready.set_result(None)
 
+    def _tell_systemd(self, state: str) -> None:
+        if state in self.settings.notify_systemd:
+            notify(state)
+
     # Being asked to close.
 
     def close(self, deadline: float | None = None) -> None:
@@ -252,6 +259,7 @@ class Engine(uvicorn.Server):
         if self.asked_at is None:
             self.asked_at = self._loop.time()
             self.stopping.set()
+            self._tell_systemd("STOPPING=1")
             # From here on, every HTTP/1 response says that it is the last of its connection.
             for connection in list(self.server_state.connections):
                 _make_last(self, connection)

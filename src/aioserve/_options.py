@@ -24,7 +24,7 @@ from typing import IO, Any, Literal, TypeAlias, TypedDict
 
 import uvicorn
 
-from aioserve._sockets import Host
+from aioserve._sockets import Host, Inherited, Lent, Systemd, Tcp, Unix, Where, check_lent
 
 Scope: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]
@@ -48,7 +48,12 @@ class Options(TypedDict, total=False):
 
     host: str | Sequence[str] | None
     port: int
+    reuse_port: bool
+    uds: str | os.PathLike[str] | None
+    uds_mode: int
+    fd: int | None
     sockets: Sequence[socket.socket] | None
+    systemd: bool | str
     ssl: SSLContext | None
     lifespan: Literal["auto", "on", "off"]
     startup_timeout: float | None
@@ -93,13 +98,14 @@ class Options(TypedDict, total=False):
     ws_ping_timeout: float | None
 
 
-_OURS = ("sockets", "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
+_WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd")
+_UDS_MODE = 0o600
+_OURS = (*_WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
 
-# Of what uvicorn.Config can say, this makes no sense in somebody else's loop, or not yet.
+# Of what uvicorn.Config can say, this makes no sense in somebody else's loop.
 REFUSED = {
     "callback_notify": "nothing ticks here to call it; run a task of your own",
     "env_file": "it would change the environment of your whole program; load it yourself before",
-    "fd": "only TCP is served as yet; use host and port",
     "http2": "uvicorn's is experimental: in a stop, new streams get a 503, and the GOAWAY comes only at the very end",
     "loop": "the server runs in the loop that is running already",
     "reload": "reloading restarts the process, and this one is yours",
@@ -110,7 +116,6 @@ REFUSED = {
     "timeout_graceful_shutdown": "use shutdown_timeout",
     "timeout_notify": "nothing ticks here to call callback_notify; run a task of your own",
     "timeout_worker_healthcheck": "there are no worker processes: the server runs inside this one",
-    "uds": "only TCP is served as yet; use host and port",
     "workers": "there are no worker processes: the server runs inside this one",
 }
 
@@ -129,9 +134,9 @@ class Settings:
     """What was asked for, checked."""
 
     config: uvicorn.Config
-    host: Host
-    port: int
-    sockets: Sequence[socket.socket] | None
+    where: Where
+    notify_systemd: tuple[str, ...]
+    """Of which states: "READY=1", "STOPPING=1"."""
     ssl: SSLContext | None
     access_log: bool
     startup_timeout: float | None
@@ -173,8 +178,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     if isinstance(app, str) and not all(app.partition(":")):
         raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
 
-    host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
-    sockets = _check_sockets(options)
+    where = _where(options)
     ssl = _check_ssl(options)
     _check_values(options)
     timeouts = _timeouts(options)
@@ -182,13 +186,20 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # uvicorn's access_log=False takes the handlers from its logger, for every server of the process. Ours is told
     # connection by connection; so uvicorn is not told at all. Likewise, only what is asked for touches logging.
     access_log = options.get("access_log", True)
-    passed = {name: value for name, value in options.items() if name not in (*_OURS, "host", "port", "access_log")}
+    passed = {name: value for name, value in options.items() if name not in (*_OURS, "access_log")}
     config = uvicorn.Config(app, **{"log_config": None, **passed})
-    return Settings(config=config, host=host, port=port, sockets=sockets, ssl=ssl, access_log=access_log, **timeouts)
+    return Settings(
+        config=config,
+        where=where,
+        notify_systemd=_notify_systemd(options.get("systemd")),
+        ssl=ssl,
+        access_log=access_log,
+        **timeouts,
+    )
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
-    again = [name for name in options if name not in _TIMEOUTS]
+    again = [name for name in options if name not in _TIMEOUTS and not (name == "uds_mode" and config.uds is not None)]
     if again:
         raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; set it there")
     timeouts = _timeouts(options)
@@ -197,23 +208,25 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
             raise TypeError("shutdown_timeout is in conflict with the Config's timeout_graceful_shutdown; give one")
         timeouts["shutdown_timeout"] = check_timeout("timeout_graceful_shutdown", config.timeout_graceful_shutdown)
 
-    for name in ("uds", "fd", "http2"):
-        value = getattr(config, name, None)
-        if value is not None and value is not False:  # 0 is a descriptor
-            raise TypeError(f"a uvicorn.Config with {name} cannot be served: {REFUSED[name]}")
+    if getattr(config, "http2", False):
+        raise TypeError(f"a uvicorn.Config with http2 cannot be served: {REFUSED['http2']}")
+    said: dict[str, Any] = {"host": config.host, "port": config.port}  # uvicorn, too, looks at these in the end
+    if config.fd is not None:
+        said = {"fd": config.fd}
+    elif config.uds is not None:
+        said = {"uds": config.uds, "uds_mode": options.get("uds_mode", _UDS_MODE)}
     senseless = {
         "reload": config.reload,
         "workers": config.workers > 1,
         "callback_notify": config.callback_notify is not None,
     }
     if any(senseless.values()):
-        said = " and ".join(name for name, is_said in senseless.items() if is_said)
-        _warn(f"ignored {said} of the uvicorn.Config, which cannot apply inside a running program")
+        ignored = " and ".join(name for name, is_said in senseless.items() if is_said)
+        _warn(f"ignored {ignored} of the uvicorn.Config, which cannot apply inside a running program")
     return Settings(
         config=config,
-        host=_check_host(config.host),
-        port=_check_port(config.port),
-        sockets=None,
+        where=_where(said),
+        notify_systemd=(),
         ssl=None,
         access_log=config.access_log,
         **timeouts,
@@ -291,22 +304,91 @@ def _check_port(port: object) -> int:
     return port
 
 
-def _check_sockets(options: Mapping[str, Any]) -> Sequence[socket.socket] | None:
-    sockets: Sequence[socket.socket] | None = options.get("sockets")
-    if sockets is None:
-        return None
-    for name in ("host", "port"):
-        if name in options:
-            raise TypeError(f"sockets and {name} are in conflict: the sockets are bound already; give one of them")
+def _where(options: Mapping[str, Any]) -> Where:
+    """Return where to listen: one kind of thing only, and before that what systemd hands down, if it is to be asked."""
+    tcp = [name for name in ("host", "port") if name in options]
+    if _check_flag("reuse_port", options.get("reuse_port", False)):
+        if not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse_port is not to be had on this system")
+        tcp.append("reuse_port")
+    others = [name for name in ("uds", "fd", "sockets") if options.get(name) is not None]
+    said = others + tcp
+    if len(others) > 1 or (others and tcp):
+        raise TypeError(
+            f"{said[0]} and {said[1]} are in conflict: a server listens on one kind of thing; give one of them"
+        )
+    if "uds_mode" in options and "uds" not in others:
+        raise TypeError("uds_mode needs uds with it")
+
+    where: Where
+    if "uds" in others:
+        where = Unix(_check_uds(options["uds"]), _check_uds_mode(options.get("uds_mode", _UDS_MODE)))
+    elif "fd" in others:
+        where = Inherited([_check_fd(options["fd"])])
+    elif "sockets" in others:
+        where = Lent(_check_sockets(options["sockets"]))
+    else:
+        host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
+        where = Tcp(host, port, reuse_port="reuse_port" in tcp)
+
+    systemd = options.get("systemd", False)
+    if systemd is False:
+        return where
+    if systemd is not True and not isinstance(systemd, str):
+        raise TypeError(f"systemd must be True, False or the name of a socket, not {systemd!r}")
+    if systemd is not True and (not systemd or ":" in systemd):
+        raise ValueError(f"systemd must be the name of a socket, without colons, not {systemd!r}; True is for all")
+    if "fd" in others or "sockets" in others:
+        raise TypeError(
+            f"systemd and {said[0]} are in conflict: a server listens on one kind of thing; give one of them"
+        )
+    return Systemd(None if systemd is True else systemd, where if said else None)
+
+
+def _notify_systemd(systemd: object) -> tuple[str, ...]:
+    # A stop of one of several servers, which are told apart by name, is not yet the service's.
+    return ("READY=1", "STOPPING=1") if systemd is True else ("READY=1",) if systemd else ()
+
+
+def _check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be bool, not {value!r}")
+    return value
+
+
+def _check_uds(path: object) -> str:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"uds must be a path, as a string or an os.PathLike of one, not {path!r}")
+    if not path or "\0" in path:
+        raise ValueError(f"uds must be the path of a file, not {path!r}; other sockets can be lent by sockets or fd")
+    return path
+
+
+def _check_uds_mode(mode: object) -> int:
+    if isinstance(mode, bool) or not isinstance(mode, int):
+        raise TypeError(f"uds_mode must be an int like 0o660, not {mode!r}")
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"uds_mode must be from 0 to 0o777, and {mode} is {mode:#o}")
+    return mode
+
+
+def _check_fd(fd: object) -> int:
+    if isinstance(fd, bool) or not isinstance(fd, int):
+        raise TypeError(f"fd must be the number of a descriptor, not {fd!r}")
+    if not 0 <= fd < 2**31:
+        raise ValueError(f"fd must be the number of a descriptor, from 0 on, not {fd}")
+    return fd
+
+
+def _check_sockets(sockets: object) -> Sequence[socket.socket]:
     if not isinstance(sockets, Sequence) or not all(isinstance(sock, socket.socket) for sock in sockets):
         raise TypeError(f"sockets must be a sequence of sockets, not {sockets!r}")
     if not sockets:
         raise ValueError("sockets is an empty sequence")
     for sock in sockets:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-            raise ValueError(f"only TCP sockets are served as yet, not {sock!r}")
-        if sock.getsockname()[1] == 0:
-            raise ValueError(f"{sock!r} is not bound; bind it first")
+        check_lent(sock, repr(sock))
     return sockets
 
 
@@ -330,7 +412,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
     known = _config_parameters()
     types_of = _simple_types()
     for name, value in options.items():
-        expected = types_of.get(name) if name not in (*_OURS, "host", "port") else None  # checked elsewhere
+        expected = types_of.get(name) if name not in _OURS else None  # checked elsewhere
         if expected is not None and (not isinstance(value, expected) or (type(value) is bool and bool not in expected)):
             said = " or ".join("None" if each is type(None) else each.__name__ for each in expected)
             raise TypeError(f"{name} must be {said}, not {value!r}")

@@ -50,9 +50,8 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._host: str
-        self._port: int
-        self._host, self._port = engine.sockets[0].getsockname()[:2]
+        self._host = engine.listeners[0].host
+        self._port = engine.listeners[0].port
         engine.lifespan.state["aioserve"] = self
         self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
         self._task.add_done_callback(engine.ended)
@@ -62,7 +61,9 @@ class Server:
         """
         Where a client on this machine reaches it, like ``"http://127.0.0.1:8000"``: no slash at the end.
 
-        A wildcard address becomes loopback; IPv6 stands in brackets. It stays when the server has closed.
+        A wildcard address becomes loopback; IPv6 stands in brackets. Of a Unix socket it is
+        ``"http+unix://%2Frun%2Fapp.sock"``, the path percent-encoded in the place of the host. It stays when the server
+        has closed.
         """
         return self._engine.urls[0]
 
@@ -72,19 +73,19 @@ class Server:
         return list(self._engine.urls)
 
     @property
-    def host(self) -> str:
-        """The first address that it is bound to, as the system gives it: ``"0.0.0.0"`` for a wildcard."""
+    def host(self) -> str | None:
+        """The first address that it is bound to, as the system gives it; `None` of a Unix socket."""
         return self._host
 
     @property
-    def port(self) -> int:
-        """The port, the same on every address; the real one, where 0 was asked for."""
+    def port(self) -> int | None:
+        """The port, the same on every address; the real one, where 0 was asked for; `None` of a Unix socket."""
         return self._port
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
         """The listening sockets; none once it has stopped accepting. Look at them, but do not close them."""
-        return tuple(self._engine.sockets) if self.is_serving() else ()
+        return self._engine.acceptor.sockets if self.is_serving() else ()
 
     @property
     def state(self) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from aioserve._engine import Engine
 from aioserve._options import parse
 from aioserve._server import Server
-from aioserve._sockets import borrow, listen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,8 +62,19 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
             ``"127.0.0.1"``.
         port: 0, the default, takes a free one, the same on every address.
-        sockets: Bound TCP sockets to accept on, in place of a host and a port. They are lent: they are never closed,
+        reuse_port: Whether other programs of yours may listen on the same port; the kernel gives each its share of the
+            connections. Default: `False`.
+        uds: The path of a Unix socket, in place of a host and a port. A stale one there is replaced, anything else
+            refused; what was made is removed at the end. Default: `None`.
+        uds_mode: The permissions of that file; connecting takes the right to write. Default: 0o600.
+        fd: The descriptor of a listening socket, TCP or Unix, in place of all that. A duplicate is used; yours stays
+            open, as with `sockets`. Default: `None`.
+        sockets: Bound sockets to accept on, TCP or Unix, in place of all that. They are lent: they are never closed,
             and what waits in their queue at the end is left to whoever takes them next. Default: `None`.
+        systemd: Whether to accept on the sockets that systemd hands down (``LISTEN_FDS``), and only if there are none
+            on those of the other options; a string is the name of one of them. Where systemd wants to know
+            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; of one with a name, only the
+            former. Default: `False`.
         ssl: A ready `ssl.SSLContext`; whoever holds it can load new certificates into it meanwhile. Default: `None`;
             uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
         lifespan: ``"auto"``, the default: an app that refuses the lifespan does without; one that began it and raised
@@ -86,7 +96,8 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         Server: It says where it listens.
 
     Raises:
-        OSError: An address cannot be bound or resolved, or a certificate cannot be read; the message says which.
+        OSError: An address or a path cannot be bound, a name cannot be resolved, or a certificate cannot be read; the
+            message says which.
         StartupError: The app could not be imported or started; `__cause__` is the app's own exception.
         StartupTimeoutError: Its startup took too long.
         ServerCrashedError: The app's lifespan died while the body ran.
@@ -118,16 +129,12 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     """
     _check_backend()
     settings = parse(app, options)
-    backlog = settings.config.backlog
-    if settings.sockets is not None:
-        sockets = borrow(settings.sockets, backlog=backlog)
-    else:
-        sockets = await listen(settings.host, settings.port, backlog=backlog)
+    listeners = await settings.where.listen(settings.config.backlog)
     try:
-        server = Server(Engine(settings, sockets))
+        server = Server(Engine(settings, listeners))
     except BaseException:
-        for sock in sockets:
-            sock.close()
+        for listener in listeners:
+            listener.close()
         raise
     await server._wait_started()
     return server

@@ -40,8 +40,8 @@ async def members(server: Server) -> None:
     """Use all that a server has."""
     assert_type(server.url, str)
     assert_type(server.urls, list[str])
-    assert_type(server.host, str)
-    assert_type(server.port, int)
+    assert_type(server.host, str | None)
+    assert_type(server.port, int | None)
     assert_type(server.sockets, tuple[socket.socket, ...])
     assert_type(server.state, dict[str, Any])
     assert_type(server.stats, Stats)
