@@ -29,7 +29,7 @@ from tests.apps import App
 from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.doors import DOORS, Door
 from tests.privileges import unprivileged
-from tests.turns import turns
+from tests.turns import after, turns
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
 
@@ -545,6 +545,20 @@ async def test_the_file_is_gone_when_the_start_is_cancelled(path: str, tmp_path:
     task.cancel()
     await asyncio.wait({task})
     assert task.cancelled()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_the_file_is_gone_at_whatever_moment_the_start_is_cancelled(path: str, tmp_path: Path) -> None:
+    """In every turn of the loop until it has started."""
+    for turn in range(100):
+        task = asyncio.create_task(start(App(), uds=path))
+        after(turn, task.cancel)
+        await asyncio.wait({task})
+        if not task.cancelled():
+            break
+        assert os.listdir(tmp_path) == []
+    assert turn > 3
+    await task.result().aclose()
     assert os.listdir(tmp_path) == []
 
 
