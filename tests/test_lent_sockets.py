@@ -112,6 +112,8 @@ async def test_it_is_served_and_given_back(kind: Kind, listening: bool, way: Any
             async with serving(App(), **way(sock)) as server:
                 assert await ask(server.url) == "hello"
             assert not os.get_blocking(sock.fileno())
+            if way is by_object:
+                assert sock.gettimeout() == 0
             with connect(sock):  # it goes into the queue
                 pass
 
@@ -209,9 +211,11 @@ async def test_what_cannot_be_served_is_told(kind: Kind, error: type[Exception],
 async def test_a_descriptor_that_is_no_socket_is_told(tmp_path: Path) -> None:
     """Nor is one that is closed."""
     with (tmp_path / "file").open("w") as file:
+        before = os.listdir("/dev/fd")
         with pytest.raises(OSError, match=rf"cannot listen on descriptor {file.fileno()}: .*non-socket") as raised:
             await start(App(), fd=file.fileno())
         assert raised.value.errno == errno.ENOTSOCK
+        assert os.listdir("/dev/fd") == before
     with pytest.raises(OSError, match=r"cannot listen on descriptor \d+: Bad file descriptor") as raised:
         await start(App(), fd=2**31 - 1)
     assert raised.value.errno == errno.EBADF

@@ -24,7 +24,7 @@ import pytest
 import uvicorn
 import websockets
 
-from aioserve import Server, ServerCrashedError, StartupError, _unix, serving, start
+from aioserve import Server, ServerCrashedError, StartupError, _acceptor, _unix, serving, start
 from tests.apps import App
 from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.doors import DOORS, Door
@@ -313,26 +313,37 @@ async def serve_once(path: str) -> None:
         assert await answers(path)
 
 
-async def test_a_stale_socket_that_another_has_just_replaced_is_the_others(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("other", ["replaces it", "has bound in its place", "listens now"])
+async def test_a_stale_socket_that_another_has_just_taken_is_the_others(
+    other: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is put back, alive, and the start fails."""
-    make_stale(path)
     with contextlib.ExitStack() as stack:
+        looked_stale = stack.enter_context(socket.socket(socket.AF_UNIX))
+        looked_stale.bind(path)
         rename = os.rename
 
         def late(source: str, target: str) -> None:
             monkeypatch.setattr(os, "rename", rename)
-            os.unlink(path)
-            alive(path, stack)
+            match other:
+                case "replaces it":
+                    os.unlink(path)
+                    alive(path, stack)
+                case "has bound in its place":
+                    os.unlink(path)
+                    make_stale(path)  # it will listen in a moment
+                    os.utime(path, (0, 0))
+                case "listens now":
+                    looked_stale.listen()
+            others.append(identity(path))
             rename(source, target)
 
+        others: list[tuple[int, int]] = []
         monkeypatch.setattr(os, "rename", late)
         with pytest.raises(OSError, match="another server has just begun to listen there"):
             await start(App(), uds=path)
         assert os.listdir(tmp_path) == ["app.sock"]
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
+        assert [identity(path)] == others
 
 
 async def test_one_that_vanishes_while_it_is_looked_at_is_not_in_the_way(
@@ -560,6 +571,35 @@ async def test_the_file_is_gone_at_whatever_moment_the_start_is_cancelled(path: 
     assert turn > 3
     await task.result().aclose()
     assert os.listdir(tmp_path) == []
+
+
+async def test_the_file_is_gone_when_nobody_can_listen(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last thing that can go wrong after it was made."""
+
+    def refuse(sock: Any, backlog: int) -> None:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    monkeypatch.setattr(socket.socket, "listen", refuse, raising=False)
+    with pytest.raises(OSError, match=f"cannot listen on {path}: No buffer space available"):
+        await start(App(), uds=path)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_nobody_can_come_after_the_last_look_at_the_queue(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the file goes first."""
+    looks: list[tuple[bool, bool]] = []
+    accept = _acceptor.Acceptor._accept
+
+    def watched(acceptor: _acceptor.Acceptor, sock: socket.socket) -> None:
+        looks.append((acceptor.is_serving(), os.path.lexists(path)))
+        accept(acceptor, sock)
+
+    monkeypatch.setattr(_acceptor.Acceptor, "_accept", watched)
+    async with serving(App(), uds=path):
+        assert await answers(path)
+    assert looks == [(True, True), (False, False)]
 
 
 async def test_a_socket_that_has_come_in_its_place_stays(path: str) -> None:
