@@ -70,7 +70,7 @@ async def test_it_answers_at_its_path(path: str) -> None:
         assert server.url == f"http+unix://{path.replace('/', '%2F')}"
         assert (server.host, server.port) == (None, None)
         assert await answers(path)
-    assert scopes[0]["server"] == (path, None)
+    assert scopes[0]["server"] in ((path, None), None)  # an older uvicorn does not say
     assert not os.path.lexists(path)
 
 
