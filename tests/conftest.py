@@ -5,17 +5,9 @@ What every test has: the event loops, and a check that nothing is left behind.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import logging
-import os
-import signal
-import socket
 import ssl
-import stat
 import sys
-import threading
-import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +18,7 @@ import uvloop
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _lifespan, _shutdown
+from aioserve.testing import assert_nothing_left
 
 # For programs that are run as such; pyproject.toml says the same to pytest.
 WARNINGS_ARE_ERRORS = [
@@ -137,63 +130,12 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("nothing_is_left_in_the_loop")
         yield
         return
-    before = what_is_there()
-    yield
-    for thread in threading.enumerate():
-        if thread.name == "AnyIO worker thread":  # of a synchronous endpoint; it was told to end when its loop did
-            thread.join(timeout=10)
-    gc.collect()
-    assert what_is_there() == before
+    with assert_nothing_left():
+        yield
 
 
 @pytest.fixture
 async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
     """The same for a test with a loop, its tasks and timers included."""
-    before = what_is_there() | what_is_in_the_loop()
-    yield
-    for _ in range(5):  # in which the clients' own transports close
-        await asyncio.sleep(0)
-    gc.collect()
-    assert what_is_there() | what_is_in_the_loop() == before
-
-
-def what_is_there() -> dict[str, Any]:
-    """Look at all of the process that a server could leave something in."""
-    return {
-        "threads": {thread.name for thread in threading.enumerate() if not thread.name.startswith("pytest_timeout")},
-        "sockets": open_sockets(),
-        "signal handlers": {each: signal.getsignal(each) for each in signal.valid_signals()},
-        "loggers": {name: what_logs(name) for name in ("", "aioserve", "uvicorn", "uvicorn.error", "uvicorn.access")},
-        "warning filters": len(warnings.filters),
-    }
-
-
-def what_is_in_the_loop() -> dict[str, Any]:
-    """Look at all of the running loop that a server could leave something in."""
-    loop = asyncio.get_running_loop()
-    # uvloop keeps its timers to itself.
-    timers = [handle for handle in getattr(loop, "_scheduled", ()) if not handle.cancelled()]
-    return {
-        "tasks": {task for task in asyncio.all_tasks() if "TestRunner." not in repr(task.get_coro())},
-        "timers": timers,
-        "exception handler": loop.get_exception_handler(),
-    }
-
-
-def what_logs(name: str) -> tuple[object, ...]:
-    logger = logging.getLogger(name or None)
-    # pytest's own handlers come and go.
-    handlers = [handler for handler in logger.handlers if not type(handler).__module__.startswith("_pytest")]
-    return logger.level, logger.propagate, logger.disabled, handlers, list(logger.filters)
-
-
-def open_sockets() -> list[str]:
-    """The addresses of the sockets among the descriptors of this process; a loop's own are unnamed."""
-    found = []
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # the descriptor that listed the directory is gone
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                # A duplicate, so that closing it leaves the original alone.
-                with socket.socket(fileno=os.dup(int(name))) as sock:
-                    found.append(str(sock.getsockname()))
-    return sorted(found)
+    async with assert_nothing_left(thread_pools=True):
+        yield

@@ -15,9 +15,9 @@ import pytest
 from starlette.applications import Starlette
 
 from aioserve import ServerCrashedError, StartupError, serve, serving, start
+from aioserve._leaks import descriptors
 from tests.apps import App
 from tests.clients import connect, get
-from tests.conftest import open_sockets
 from tests.turns import after
 
 CRASHED = "the app's lifespan died while it was serving: AppError: the app's own"
@@ -413,7 +413,7 @@ async def test_eager_tasks_find_everything_in_its_place() -> None:
 @pytest.mark.parametrize("turns", range(8))
 async def test_cancelling_the_servers_own_task_while_it_starts(turns: int) -> None:
     """Even before its first step, when none of its code runs: the starter is told, or has its server, which closes."""
-    sockets = open_sockets()
+    opened = descriptors()
     before = asyncio.all_tasks()
     starting = asyncio.create_task(start(App()))
     while not (own := [task for task in asyncio.all_tasks() - before if task.get_name().startswith("aioserve http")]):
@@ -423,7 +423,7 @@ async def test_cancelling_the_servers_own_task_while_it_starts(turns: int) -> No
         await (await starting).wait_closed()
     except StartupError:
         pass  # it was too early to start
-    assert open_sockets() == sockets
+    assert descriptors() == opened
 
 
 @pytest.mark.parametrize("door", ["start", "serve"])

@@ -17,18 +17,18 @@ import uvicorn
 
 import aioserve
 from aioserve import serving
+from aioserve._leaks import look
 from tests.apps import App
 from tests.clients import get
-from tests.conftest import what_is_there
 
 
 async def test_while_it_serves_no_thread_signal_handler_or_logger_is_different() -> None:
     """Only its socket is there."""
-    before = what_is_there()
+    before = look()
     async with serving(App()) as server:
-        meanwhile = what_is_there()
-    assert len(meanwhile.pop("sockets")) == len(before.pop("sockets")) + 1
-    assert meanwhile == before
+        meanwhile = look()
+    assert len(meanwhile.descriptors) == len(before.descriptors) + 1
+    assert meanwhile._replace(descriptors=before.descriptors) == before
     assert server
 
 

@@ -57,6 +57,7 @@ class Evaluator:
 
     def run_tests(self, source: str) -> None:
         (self.path / "test_example.py").write_text(source)
+        (self.path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WARNINGS_ARE_ERRORS, str(self.path)]
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)  # noqa: S603
         assert done.returncode == 0, done.stdout

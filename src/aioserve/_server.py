@@ -55,6 +55,7 @@ class Server:
         engine.lifespan.state["aioserve"] = self
         self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
         self._task.add_done_callback(engine.ended)
+        self._awaited = False  # whoever awaits its end hears how it went, and a test need not hear of it again
 
     @property
     def url(self) -> str:
@@ -159,6 +160,7 @@ class Server:
         """
         self._check_caller("wait_closed()")
         await self._engine.closed.wait()
+        self._awaited = True
         if self._engine.error is not None:
             raise self._engine.error
 
@@ -185,6 +187,7 @@ class Server:
         self.close()
         cancelled = isinstance(exc, asyncio.CancelledError)
         late = await self._outlast(cancellations=1 if cancelled else 0)
+        self._awaited = True
 
         # Who is heard? The body before the server, and a cancellation before both.
         error = self._engine.error

@@ -136,7 +136,7 @@ async def shut_down(engine: Engine) -> None:
     cancelled = tuple(handler._replace(stuck=not task.done()) for task, handler in to_cancel.items())
     persuaded = tuple(handler for task, handler in held_up.items() if task not in to_cancel)
     if aborted or held_up:
-        logger.warning("%s", _in_one_line(engine.urls[0], aborted, persuaded, cancelled))
+        logger.warning("%s", in_one_line(engine.urls[0], aborted, persuaded, cancelled))
 
     # End.
     try:
@@ -149,7 +149,7 @@ async def shut_down(engine: Engine) -> None:
     engine.report = Report(loop.time() - asked, aborted, persuaded, cancelled, engine.lifespan.stuck)
 
 
-def _in_one_line(url: str, aborted: int, persuaded: tuple[HeldUp, ...], cancelled: tuple[HeldUp, ...]) -> str:
+def in_one_line(url: str, aborted: int, persuaded: tuple[HeldUp, ...], cancelled: tuple[HeldUp, ...]) -> str:
     line = (
         f"{url} was stopped by force; handlers told to end: {len(persuaded)}, cancelled: {len(cancelled)}; "
         f"connections dropped: {aborted}"

@@ -1,0 +1,230 @@
+"""
+What is left behind: a look at the process and its loop before a block, and another one after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+# How many loop turns a loop gets to close what has just been given up: transports need two or three.
+SETTLING_TURNS = 10
+
+# How long threads may take to end that have been told to, in seconds; a loop tells its workers when it closes.
+ENDING_THREADS = 5.0
+
+# The threads that a loop keeps for synchronous functions: anyio's, and those of its default executor.
+POOLS = ("AnyIO worker thread", "asyncio_")
+
+
+class assert_nothing_left:  # noqa: N801 (it reads as what it does, like contextlib.suppress)
+    """
+    Check that a block leaves nothing behind, or fail with a list of what it left.
+
+        async with assert_nothing_left():
+            async with serving(app) as server:
+                ...
+
+    It compares what is there after the block with what was there before it:
+
+    - threads, and open descriptors (sockets, files, pipes);
+    - signal handlers, the handlers, filters and levels of loggers, warning filters;
+    - with ``async with``, in the running loop: tasks, timers, and the loop's exception handler. (uvloop does not show
+      its timers.)
+
+    ``with`` is for synchronous code, such as a block around `asyncio.run()`. What takes a moment to go gets it: some
+    turns of the loop, or a few seconds for threads that are ending. Garbage is collected, so that what was forgotten
+    in a reference cycle is heard of here. What is gone after the block, but was there before, is nobody's leak.
+
+    If the block raises, that exception is what counts, and nothing is checked.
+
+    Args:
+        thread_pools: Whether the threads count, too, that a running loop keeps for synchronous functions (such as a
+            FastAPI endpoint without ``async``) until it ends; with ``with``, they always do. Default: `False`.
+
+    Raises:
+        AssertionError: Something was left; the message says what, one line each.
+        RuntimeError: ``async with`` was used without a running asyncio event loop.
+    """
+
+    def __init__(self, *, thread_pools: bool = False) -> None:
+        self._thread_pools = thread_pools
+        self._before: Seen
+
+    def __enter__(self) -> None:
+        self._before = look()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        if exc is not None:
+            return
+        until = time.monotonic() + ENDING_THREADS
+        for thread in set(threading.enumerate()) - self._before.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        gc.collect()
+        _complain(_differences(self._before, look()))
+
+    async def __aenter__(self) -> None:
+        self._before = look(_running_loop())
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        if exc is not None:
+            return
+        for _ in range(SETTLING_TURNS):
+            await asyncio.sleep(0)
+        gc.collect()
+        now = look(_running_loop())
+        if not self._thread_pools:
+            now = now._replace(threads={thread for thread in now.threads if not thread.name.startswith(POOLS)})
+        _complain(_differences(self._before, now))
+
+
+class _Logger(NamedTuple):
+    """How a logger is set; the defaults are those of a new one."""
+
+    level: int = logging.NOTSET
+    propagate: bool = True
+    disabled: bool = False
+    handlers: tuple[logging.Handler, ...] = ()
+    filters: tuple[object, ...] = ()
+
+
+class Seen(NamedTuple):
+    """All that is looked at; the last three are the loop's."""
+
+    threads: set[threading.Thread]
+    descriptors: dict[int, str]
+    signal_handlers: dict[int, object]
+    loggers: dict[str, _Logger]
+    warning_filters: list[object]
+    tasks: set[asyncio.Task[object]]
+    timers: list[asyncio.TimerHandle]
+    exception_handler: object
+
+
+def look(loop: asyncio.AbstractEventLoop | None = None) -> Seen:
+    tasks: set[asyncio.Task[object]] = set()
+    timers = []
+    if loop is not None:
+        # The task that looks may be another one each time; and anyio's plugin runs fixtures in tasks of its own.
+        looking = asyncio.current_task(loop)
+        tasks = {each for each in asyncio.all_tasks(loop) if each is not looking and not _is_anyios(each)}
+        timers = [timer for timer in getattr(loop, "_scheduled", ()) if not timer.cancelled()]
+    return Seen(
+        threads=set(threading.enumerate()),
+        descriptors=descriptors(),
+        signal_handlers={int(each): signal.getsignal(each) for each in signal.valid_signals()},
+        loggers=_loggers(),
+        warning_filters=list(warnings.filters),
+        tasks=tasks,
+        timers=timers,
+        exception_handler=loop and loop.get_exception_handler(),
+    )
+
+
+def _is_anyios(task: asyncio.Task[object]) -> bool:
+    return getattr(task.get_coro(), "__qualname__", "").startswith("TestRunner.")
+
+
+def descriptors() -> dict[int, str]:
+    """The open descriptors, each with what it is open for; but those for the null device, of which uvloop keeps one."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # the one that has listed the directory is gone
+            found[int(name)] = _describe(int(name))
+    return {number: what for number, what in found.items() if what != os.devnull}
+
+
+def _describe(descriptor: int) -> str:
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(mode):
+        # A duplicate, so that closing it leaves the original alone.
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            return f"a socket, of {sock.getsockname() or 'no name'}"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    try:
+        return os.readlink(f"/dev/fd/{descriptor}")
+    except OSError:  # not on macOS
+        return os.devnull if os.path.samestat(os.fstat(descriptor), os.stat(os.devnull)) else "a file"
+
+
+def _loggers() -> dict[str, _Logger]:
+    loggers = {"root": logging.root, **logging.root.manager.loggerDict}
+    return {name: _settings(logger) for name, logger in loggers.items() if isinstance(logger, logging.Logger)}
+
+
+def _settings(logger: logging.Logger) -> _Logger:
+    # pytest's own handlers come and go, and a null handler is none.
+    handlers = [
+        handler
+        for handler in logger.handlers
+        if not type(handler).__module__.startswith("_pytest") and not isinstance(handler, logging.NullHandler)
+    ]
+    return _Logger(logger.level, logger.propagate, logger.disabled, tuple(handlers), tuple(logger.filters))
+
+
+def _differences(before: Seen, now: Seen) -> Iterator[str]:
+    """Say what is there now, and was not before."""
+    for task in now.tasks - before.tasks:
+        yield f"a task: {task!r}"
+    for timer in now.timers:
+        if not any(timer is each for each in before.timers):
+            yield f"a timer: {timer!r}"
+    if now.exception_handler != before.exception_handler:
+        yield f"the loop's exception handler: {now.exception_handler!r}; it was {before.exception_handler!r}"
+    for thread in now.threads - before.threads:
+        yield f"a thread: {thread!r}"
+    # Compared by what they are, not by their numbers: uvloop makes a new pair of unnamed sockets each time it runs.
+    known = Counter(before.descriptors.values())
+    for number in sorted(now.descriptors, key=lambda number: number not in before.descriptors):
+        what = now.descriptors[number]
+        known[what] -= 1
+        if known[what] < 0:
+            yield f"descriptor {number}: {what}"
+    for number, handler in now.signal_handlers.items():
+        if (was := before.signal_handlers[number]) != handler:
+            yield f"a handler of signal {number}, {signal.strsignal(number)}: {handler!r}; it was {was!r}"
+    for name, logger in now.loggers.items():
+        for field, is_now, was in zip(_Logger._fields, logger, before.loggers.get(name, _Logger()), strict=True):
+            if is_now != was:
+                yield f"{field} of the logger {name!r}: {is_now!r}; it was {was!r}"
+    if now.warning_filters != before.warning_filters:
+        new = [each for each in now.warning_filters if each not in before.warning_filters]
+        yield f"warning filters: {new or 'some are in another order, or gone'}"
+
+
+def _complain(differences: Iterator[str]) -> None:
+    __tracebackhide__ = True
+    lines = "\n".join(f"- {each}" for each in differences)
+    if lines:
+        raise AssertionError(f"this was left behind:\n{lines}")
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "async with assert_nothing_left() needs a running asyncio event loop; elsewhere take a plain with"
+        ) from None

@@ -1,0 +1,165 @@
+"""
+Fixtures for pytest: real servers, and clients for them, on the test's own event loop.
+
+pytest loads this in every run of everybody who has aioserve installed. So it imports nothing but pytest, and what a
+fixture needs only where it is used.
+
+Async fixtures belong to the plugin that runs the loop. Behind each public fixture there are therefore several private
+ones, all made of the same function: one for anyio's plugin, and one for each loop that pytest-asyncio can have.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from aioserve.testing import TLS, ClientFactory, LiveServerFactory, Opened, ServerFactory
+
+# pytest's, narrowest first.
+SCOPES = ("function", "class", "module", "package", "session")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the private fixtures for pytest-asyncio, where it is in use."""
+    if _uses_pytest_asyncio(config):
+        config.pluginmanager.register(_for_pytest_asyncio(), "aioserve for pytest-asyncio")
+
+
+def _make_server(request: pytest.FixtureRequest) -> ServerFactory:
+    """
+    Start servers on the test's own loop: ``server = await aioserve_server(app, **options)``.
+
+    They are closed in reverse order at the end of the fixture's scope. Whatever had to be forced then fails the test,
+    as does a crash of the app's lifespan. The arguments are those of `aioserve.testing.server()`.
+    """
+    return _opened(request).server
+
+
+def _make_client(request: pytest.FixtureRequest) -> ClientFactory:
+    """
+    Open HTTP clients: ``client = await aioserve_client(app_or_server, **options)``.
+
+    An app is served for it, as by the fixture for servers. The arguments are those of `aioserve.testing.client()`.
+    """
+    return _opened(request).client
+
+
+def _make_live_server() -> Iterator[LiveServerFactory]:
+    """
+    Start servers in a thread, for synchronous tests: ``live = aioserve_live_server(app, **options)``.
+
+    They are closed in reverse order at the end of the fixture's scope. The arguments are those of
+    `aioserve.testing.live_server()`.
+    """
+    from aioserve.testing import LiveServers
+
+    with LiveServers() as servers:
+        yield servers.start
+
+
+@pytest.fixture(scope="session")
+def aioserve_tls() -> TLS:
+    """A throw-away certificate authority: `aioserve_tls.server` and `aioserve_tls.client` are SSL contexts."""
+    from aioserve.testing import tls
+
+    return tls()
+
+
+aioserve_server = pytest.fixture(_make_server)
+module_aioserve_server = pytest.fixture(_make_server, scope="module")
+session_aioserve_server = pytest.fixture(_make_server, scope="session")
+
+aioserve_client = pytest.fixture(_make_client)
+module_aioserve_client = pytest.fixture(_make_client, scope="module")
+session_aioserve_client = pytest.fixture(_make_client, scope="session")
+
+aioserve_live_server = pytest.fixture(_make_live_server)
+module_aioserve_live_server = pytest.fixture(_make_live_server, scope="module")
+session_aioserve_live_server = pytest.fixture(_make_live_server, scope="session")
+
+
+def _opening() -> Callable[[], AsyncIterator[Opened]]:
+    """Make the one function of which all private fixtures are made; pytest-asyncio marks it, so each has its own."""
+
+    async def opening() -> AsyncIterator[Opened]:
+        from aioserve.testing import Opened
+
+        async with Opened() as opened:
+            yield opened
+
+    return opening
+
+
+_aioserve_function_anyio = pytest.fixture(_opening())
+_aioserve_module_anyio = pytest.fixture(_opening(), scope="module")
+_aioserve_session_anyio = pytest.fixture(_opening(), scope="session")
+
+
+def _for_pytest_asyncio() -> ModuleType:
+    """Make a plugin of the fixtures for each loop in which a fixture of a scope can live."""
+    import pytest_asyncio
+
+    plugin = ModuleType("aioserve for pytest-asyncio")
+    make: Any = pytest_asyncio.fixture
+    for scope in ("function", "module", "session"):
+        for loop_scope in SCOPES[SCOPES.index(scope) :]:
+            name = f"_aioserve_{scope}_asyncio_{loop_scope}"
+            setattr(plugin, name, make(_opening(), scope=scope, loop_scope=loop_scope, name=name))
+    return plugin
+
+
+def _opened(request: pytest.FixtureRequest) -> Opened:
+    """Return what the plugin that runs the test's loop has opened for this scope."""
+    asyncio_plugin = _uses_pytest_asyncio(request.config)
+    if asyncio_plugin and _is_run_by_pytest_asyncio(request):
+        runner = f"asyncio_{_loop_scope(request)}"
+    elif "anyio_backend" in request.fixturenames:
+        runner = "anyio"
+        _check_backend(request)
+    elif asyncio_plugin and request.scope != "function":
+        runner = f"asyncio_{_loop_scope(request)}"
+    else:
+        live = str(request.fixturename).replace("_client", "_server").replace("_server", "_live_server")
+        pytest.fail(
+            f"{request.fixturename} is for async tests: mark this one with pytest.mark.anyio, or with "
+            f"pytest.mark.asyncio where pytest-asyncio is installed; a synchronous test takes {live}",
+            pytrace=False,
+        )
+    opened: Opened = request.getfixturevalue(f"_aioserve_{request.scope}_{runner}")
+    return opened
+
+
+def _uses_pytest_asyncio(config: pytest.Config) -> bool:
+    plugin = sys.modules.get("pytest_asyncio.plugin")
+    return plugin is not None and config.pluginmanager.is_registered(plugin)
+
+
+def _is_run_by_pytest_asyncio(request: pytest.FixtureRequest) -> bool:
+    """Whether the test is. A fixture of a wider scope does not know its tests."""
+    import pytest_asyncio
+
+    return isinstance(request.node, pytest.Item) and pytest_asyncio.is_async_test(request.node)
+
+
+def _loop_scope(request: pytest.FixtureRequest) -> str:
+    """The scope of the loop that the test, or the module, asks of pytest-asyncio; at least the fixture's own."""
+    marker = request.node.get_closest_marker("asyncio")
+    asked: str | None = marker.kwargs.get("loop_scope") if marker is not None else None
+    return max(asked or request.config.getini("asyncio_default_test_loop_scope"), request.scope, key=SCOPES.index)
+
+
+def _check_backend(request: pytest.FixtureRequest) -> None:
+    backend = request.getfixturevalue("anyio_backend")
+    name = backend if isinstance(backend, str) else backend[0]
+    if name != "asyncio":
+        pytest.fail(
+            f"aioserve runs on asyncio only, and this test on {name}: give it a fixture anyio_backend that returns "
+            '"asyncio"',
+            pytrace=False,
+        )
