@@ -88,6 +88,7 @@ def _opening() -> Callable[[], AsyncIterator[Opened]]:
     """Make the one function of which all private fixtures are made; pytest-asyncio marks it, so each has its own."""
 
     async def opening() -> AsyncIterator[Opened]:
+        __tracebackhide__ = True
         from aioserve.testing import Opened
 
         async with Opened() as opened:

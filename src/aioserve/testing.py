@@ -213,6 +213,7 @@ class Opened:
         return opened
 
     async def _close(self, opened: httpx.AsyncClient | _Judged) -> None:
+        __tracebackhide__ = True
         try:
             await opened.__aexit__(None, None, None)
         except Exception as exc:  # noqa: BLE001 (the others are to be closed, too)
@@ -221,8 +222,8 @@ class Opened:
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError(
-                "this fixture of aioserve lives in another event loop than the one that runs here; give all fixtures "
-                "and tests that use it the same loop_scope"
+                "this fixture of aioserve lives in another event loop than the test: with pytest-asyncio, give both "
+                "the same loop_scope; if anyio's plugin is to run it, set asyncio_mode to strict"
             )
 
     async def __aenter__(self) -> Self:
@@ -234,7 +235,7 @@ class Opened:
         __tracebackhide__ = True
         await self._stack.aclose()
         if len(self._failures) > 1:
-            raise ExceptionGroup("several servers did not end well", self._failures[::-1])
+            raise ExceptionGroup("not all has ended well", self._failures[::-1])
         for failure in self._failures:
             raise failure
 
@@ -310,11 +311,11 @@ def _for_tests(app: App, options: Options) -> Options:
 
 def _make_client(url: str, options: Mapping[str, Any]) -> httpx.AsyncClient:
     module = _import("httpx", "httpx2")
-    kind, _, where = url.partition("://")
+    scheme, _, where = url.partition("://")
     if "verify" not in options:
-        options = {**options, "verify": tls().client if kind == "https" else _trusting_nobody()}
-    if kind == "http+unix":
-        url = "http://localhost"
+        options = {**options, "verify": tls().client if scheme.startswith("https") else _trusting_nobody()}
+    if scheme.endswith("+unix"):
+        url = f"{scheme.removesuffix('+unix')}://localhost"
         said = {name: options[name] for name in ("verify", "http1", "http2", "limits") if name in options}
         options = {"transport": module.AsyncHTTPTransport(uds=unquote(where), trust_env=False, **said), **options}
     made: httpx.AsyncClient = module.AsyncClient(**{"base_url": url, "trust_env": False, **options})
