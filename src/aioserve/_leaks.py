@@ -133,7 +133,7 @@ def look(loop: asyncio.AbstractEventLoop | None = None) -> Seen:
     return Seen(
         threads=set(threading.enumerate()),
         descriptors=descriptors(),
-        signal_handlers={int(each): signal.getsignal(each) for each in signal.valid_signals()},
+        signal_handlers={int(each): _handler(each) for each in signal.valid_signals()},
         loggers=_loggers(),
         warning_filters=list(warnings.filters),
         tasks=tasks,
@@ -167,6 +167,14 @@ def _describe(descriptor: int) -> str:
         return os.readlink(f"/dev/fd/{descriptor}")
     except OSError:  # not on macOS
         return os.devnull if os.path.samestat(os.fstat(descriptor), os.stat(os.devnull)) else "a file"
+
+
+def _handler(number: int) -> object:
+    handler = signal.getsignal(number)
+    # asyncio.Runner has a new one for each run, of which the steps of a fixture can be two.
+    if getattr(getattr(handler, "func", None), "__qualname__", "") == "Runner._on_sigint":
+        return "asyncio.Runner's"
+    return handler
 
 
 def _loggers() -> dict[str, _Logger]:
