@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.conftest import WARNINGS_ARE_ERRORS
+
 # What every project has: an app that says on which loop it runs, and can misbehave in the usual ways.
 APP = """
 import asyncio
@@ -112,16 +114,16 @@ IN_ORDER = ("-p", "no:randomly")
 
 def run(pytester: pytest.Pytester, *options: str, **files: str) -> pytest.RunResult:
     """Run a project with these files in a process of its own, with warnings as errors."""
-    pytester.makeini("[pytest]\nfilterwarnings = error\naddopts = --strict-markers -p no:cacheprovider -rA")
+    pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider -rA")
     pytester.makepyfile(app=APP, **files)
     # It warns if it is not told; where it is not loaded, nobody knows the option.
     told = () if "no:asyncio" in options else ("-o", "asyncio_default_fixture_loop_scope=function")
-    return pytester.runpytest_subprocess(*options, *told)
+    return pytester.runpytest_subprocess(*WARNINGS_ARE_ERRORS, *options, *told)
 
 
 def run_with_anyio(pytester: pytest.Pytester, module: str, *options: str) -> pytest.RunResult:
     """Run one module, all of whose async tests are anyio's, in its order."""
-    options = (*WITHOUT_ASYNCIO, *IN_ORDER, "--anyio-mode=auto", *options)
+    options = (*WITHOUT_ASYNCIO, *IN_ORDER, "-o", "anyio_mode=auto", *options)
     return run(pytester, *options, conftest=backend(), test_it=module)
 
 
@@ -138,7 +140,7 @@ class TestWithAnyiosPlugin:
 
     @pytest.mark.parametrize(("mode", "mark"), [("strict", ANYIO), ("auto", NOT_MARKED)])
     def test_in_both_of_its_modes(self, pytester: pytest.Pytester, mode: str, mark: str) -> None:
-        options = (*WITHOUT_ASYNCIO, "--anyio-mode", mode)
+        options = (*WITHOUT_ASYNCIO, "-o", f"anyio_mode={mode}")
         run(pytester, *options, conftest=backend(), test_it=sample(mark)).assert_outcomes(passed=5)
 
     @pytest.mark.parametrize("scope", ["module", "session"])
@@ -171,7 +173,7 @@ class TestWithAnyiosPlugin:
                 assert "narrow is closed" in EVENTS
                 assert "wide is closed" not in EVENTS
         """
-        arguments = (*WITHOUT_ASYNCIO, *IN_ORDER, "--anyio-mode=auto")
+        arguments = (*WITHOUT_ASYNCIO, *IN_ORDER, "-o", "anyio_mode=auto")
         files = {"conftest": backend(scope, options), "test_it": sample(NOT_MARKED), "test_wide": wide}
         run(pytester, *arguments, **files).assert_outcomes(passed=9)
 
@@ -184,7 +186,9 @@ class TestWithAnyiosPlugin:
     def test_trio_cannot_be_served(self, pytester: pytest.Pytester) -> None:
         """One sentence says what to set; the run on asyncio passes."""
         test = "async def test_it(aioserve_client): pass"
-        done = run(pytester, *WITHOUT_ASYNCIO, "--anyio-mode=auto", test_it=test)  # without a fixture of the project's
+        done = run(
+            pytester, *WITHOUT_ASYNCIO, "-o", "anyio_mode=auto", test_it=test
+        )  # without a fixture of the project's
         done.assert_outcomes(passed=1, errors=1)
         sentence = (
             'aioserve runs on asyncio only, and this test on trio: give it a fixture anyio_backend that returns "a*'
@@ -258,7 +262,7 @@ class TestWithBothPlugins:
     def test_in_their_modes(self, pytester: pytest.Pytester, anyio: str, asyncio: str, marks: list[str]) -> None:
         """As far as they get along themselves: not in two auto modes, of which they warn."""
         files = {f"test_{number}": sample(mark) for number, mark in enumerate(marks)}
-        done = run(pytester, "--anyio-mode", anyio, "--asyncio-mode", asyncio, conftest=backend(), **files)
+        done = run(pytester, "-o", f"anyio_mode={anyio}", "--asyncio-mode", asyncio, conftest=backend(), **files)
         done.assert_outcomes(passed=5 * len(marks))
 
     def test_a_test_that_both_take_is_refused(self, pytester: pytest.Pytester) -> None:

@@ -313,7 +313,7 @@ class TestNothingLeft:
         """And says what it is."""
         blocks = [block.format(number=number, statement=each) for number, each in enumerate(kinds.values())]
         pytester.makepyfile(test_left=PROJECT + "".join(blocks))
-        options = ("--anyio-mode=auto", "-p", "no:asyncio", "-p", "no:randomly", "-p", "no:cacheprovider")
+        options = ("-o", "anyio_mode=auto", "-p", "no:asyncio", "-p", "no:randomly", "-p", "no:cacheprovider")
         done = pytester.runpytest_subprocess(*options)
         done.assert_outcomes(failed=len(kinds))
         for said in kinds:
