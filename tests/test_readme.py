@@ -40,6 +40,7 @@ class Evaluator:
         self.runner = runner
         self.path = path
         self.printed = ""
+        self.files = 0
 
     def python(self, example: Example) -> None:
         if "def test_" in example.parsed:
@@ -56,9 +57,11 @@ class Evaluator:
         self.printed = out.getvalue()
 
     def run_tests(self, source: str) -> None:
-        (self.path / "test_example.py").write_text(source)
+        self.files += 1
+        file = self.path / f"test_example_{self.files}.py"
+        file.write_text(source)
         (self.path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WARNINGS_ARE_ERRORS, str(self.path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WARNINGS_ARE_ERRORS, str(file)]
         done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)  # noqa: S603
         assert done.returncode == 0, done.stdout
 
@@ -72,7 +75,7 @@ def sections() -> dict[str, str]:
     """The README by its headings; each section stands on its own."""
     _, *parts = re.split(r"^#+ (.*)$", README.read_text(), flags=re.MULTILINE)
     code = {heading: text for heading, text in zip(parts[::2], parts[1::2], strict=True) if "```python" in text}
-    assert len(code) == 16
+    assert len(code) == 20
     return code
 
 
@@ -102,6 +105,14 @@ def test_an_example_prints_what_the_readme_says(text: str, tmp_path: Path) -> No
                 document.add(region)
         for example in document.examples():
             example.evaluate()
+
+
+def test_what_was_before_is_python_as_well() -> None:
+    """It is not run: it is what others do."""
+    blocks = re.findall(r"^```py\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        compile(block, str(README), "exec")
 
 
 def test_the_options_in_the_readme_are_the_options_there_are() -> None:

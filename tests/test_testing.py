@@ -10,6 +10,7 @@ import gc
 import ssl
 import sys
 import threading
+from pathlib import Path
 
 import anyio
 import httpx
@@ -148,6 +149,24 @@ class TestAClient:
             async with testing.server(App()) as plain, testing.client(plain) as client:
                 with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                     await client.get(server.url)
+
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    async def test_it_takes_unix_sockets(self, tmp_path: Path, scheme: str) -> None:
+        """With options of httpx's, and with TLS."""
+        context = testing.tls().server if scheme == "https" else None
+        async with testing.server(App(), uds=str(tmp_path / "a socket"), ssl=context) as server:
+            assert server.url.startswith(f"{scheme}+unix://%2F")
+            limits = httpx.Limits(max_keepalive_connections=0)
+            async with testing.client(server, limits=limits) as client:
+                for _ in range(2):
+                    response = await client.get("/")
+                    assert response.text == "hello"
+                assert response.url == f"{scheme}://localhost/"
+                with anyio.fail_after(10):
+                    while server.stats.connections:  # until they are closed, as the limits say
+                        await asyncio.sleep(0)
+            async with testing.client(server, transport=httpx.MockTransport(lambda _: httpx.Response(418))) as client:
+                assert (await client.get("/")).status_code == 418
 
     async def test_httpx2_does_as_well(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where httpx is not installed."""

@@ -71,17 +71,17 @@ def aioserve_tls() -> TLS:
     return tls()
 
 
-aioserve_server = pytest.fixture(_make_server)
-module_aioserve_server = pytest.fixture(_make_server, scope="module")
-session_aioserve_server = pytest.fixture(_make_server, scope="session")
+aioserve_server: object = pytest.fixture(_make_server)
+module_aioserve_server: object = pytest.fixture(_make_server, scope="module")
+session_aioserve_server: object = pytest.fixture(_make_server, scope="session")
 
-aioserve_client = pytest.fixture(_make_client)
-module_aioserve_client = pytest.fixture(_make_client, scope="module")
-session_aioserve_client = pytest.fixture(_make_client, scope="session")
+aioserve_client: object = pytest.fixture(_make_client)
+module_aioserve_client: object = pytest.fixture(_make_client, scope="module")
+session_aioserve_client: object = pytest.fixture(_make_client, scope="session")
 
-aioserve_live_server = pytest.fixture(_make_live_server)
-module_aioserve_live_server = pytest.fixture(_make_live_server, scope="module")
-session_aioserve_live_server = pytest.fixture(_make_live_server, scope="session")
+aioserve_live_server: object = pytest.fixture(_make_live_server)
+module_aioserve_live_server: object = pytest.fixture(_make_live_server, scope="module")
+session_aioserve_live_server: object = pytest.fixture(_make_live_server, scope="session")
 
 
 def _opening() -> Callable[[], AsyncIterator[Opened]]:

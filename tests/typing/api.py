@@ -5,17 +5,19 @@ How users' code is type-checked: this is not run, but has to pass mypy as it sta
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Unpack, assert_type
 
 import anyio
+import httpx
 import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 
-from aioserve import App, Options, Server, Stats, serve, serving, start
+from aioserve import App, Options, Server, Stats, serve, serving, start, testing
 
 
 async def plain_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -59,6 +61,31 @@ async def my_serving(app: App, **options: Unpack[Options]) -> AsyncIterator[str]
     """Wrap it, and keep the types of its options."""
     async with serving(app, **options) as server:
         yield server.url
+
+
+async def blocks_for_tests(server: Server) -> None:
+    """Take the pieces for tests, as blocks."""
+    async with testing.server(FastAPI(), root_path="/api") as running, testing.client(running) as client:
+        assert_type(running, Server)
+        assert_type(client, httpx.AsyncClient)
+    with testing.live_server(plain_app, ssl=testing.tls().server) as live, testing.assert_nothing_left():
+        assert_type(live, Server)
+    async with testing.client(plain_app, timeout=1), testing.assert_nothing_left(thread_pools=True):
+        assert_type(testing.tls().client, ssl.SSLContext)
+
+
+async def fixtures_for_tests(
+    aioserve_server: testing.ServerFactory,
+    aioserve_client: testing.ClientFactory,
+    aioserve_live_server: testing.LiveServerFactory,
+    aioserve_tls: testing.TLS,
+) -> None:
+    """Take the fixtures."""
+    assert_type(await aioserve_server(FastAPI(), ssl=aioserve_tls.server), Server)
+    assert_type(await aioserve_client("package.module:app", headers={"x": "y"}), httpx.AsyncClient)
+    assert_type(aioserve_live_server(uvicorn.Config(plain_app)), Server)
+    await aioserve_server(FastAPI(), prot=8000)  # type: ignore[call-arg]
+    aioserve_live_server(FastAPI(), port="8000")  # type: ignore[arg-type]
 
 
 async def mistakes() -> None:
