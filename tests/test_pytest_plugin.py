@@ -213,7 +213,7 @@ class TestWithPytestAsyncio:
 
     @pytest.mark.parametrize("mode", ["strict", "auto"])
     @pytest.mark.parametrize("scope", ["module", "session"])
-    def test_a_server_for_many_sample(self, pytester: pytest.Pytester, mode: str, scope: str) -> None:
+    def test_a_server_for_many_tests(self, pytester: pytest.Pytester, mode: str, scope: str) -> None:
         """All of them, and their own fixtures, have the loop of that scope."""
         test = f"""
             import pytest
@@ -259,24 +259,35 @@ class TestWithBothPlugins:
             ("strict", "auto", [NOT_MARKED, ASYNCIO]),
         ],
     )
-    def test_in_their_modes(self, pytester: pytest.Pytester, anyio: str, asyncio: str, marks: list[str]) -> None:
-        """As far as they get along themselves: not in two auto modes, of which they warn."""
+    @pytest.mark.parametrize("first", ["anyio", "asyncio"])
+    def test_in_their_modes(
+        self, pytester: pytest.Pytester, first: str, anyio: str, asyncio: str, marks: list[str]
+    ) -> None:
+        """As far as they get along themselves: not in two auto modes, of which they warn. Their order is no matter."""
         files = {f"test_{number}": sample(mark) for number, mark in enumerate(marks)}
-        done = run(pytester, "-o", f"anyio_mode={anyio}", "--asyncio-mode", asyncio, conftest=backend(), **files)
+        done = run(
+            pytester, "-p", first, "-o", f"anyio_mode={anyio}", "--asyncio-mode", asyncio, conftest=backend(), **files
+        )
         done.assert_outcomes(passed=5 * len(marks))
 
-    def test_a_test_that_both_take_is_refused(self, pytester: pytest.Pytester) -> None:
-        """One runs the fixtures, and the other the test: what to set is said."""
+    @pytest.mark.parametrize("first", ["anyio", "asyncio"])
+    def test_a_test_that_both_take_is_served_or_refused(self, pytester: pytest.Pytester, first: str) -> None:
+        """If one runs the fixtures and the other the test, what to set is said; it depends on their order."""
         test = """
             import pytest
-            from app import App
+            from app import App, this_loop
 
             @pytest.mark.anyio
-            async def test_it(aioserve_server):
-                with pytest.raises(RuntimeError, match="if anyio's plugin is to run it, set asyncio_mode to strict"):
-                    await aioserve_server(App())
+            async def test_it(aioserve_client):
+                try:
+                    client = await aioserve_client(App())
+                except RuntimeError as refusal:
+                    assert "if anyio's plugin is to run it, set asyncio_mode to strict" in str(refusal)
+                else:
+                    assert (await client.get("/")).text == this_loop()
         """
-        run(pytester, "--asyncio-mode=auto", conftest=backend(), test_it=test).assert_outcomes(passed=1)
+        done = run(pytester, "-p", first, "--asyncio-mode=auto", conftest=backend(), test_it=test)
+        done.assert_outcomes(passed=1)
 
 
 class TestWithOtherPlugins:
