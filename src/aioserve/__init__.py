@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aioserve._errors import ServingError as ServingError
     from aioserve._errors import ShutdownError as ShutdownError
     from aioserve._errors import StartupError as StartupError
+    from aioserve._errors import StartupInterruptedError as StartupInterruptedError
     from aioserve._errors import StartupTimeoutError as StartupTimeoutError
     from aioserve._options import App as App
     from aioserve._options import Options as Options
@@ -39,6 +40,7 @@ __all__ = [
     "ServingError",
     "ShutdownError",
     "StartupError",
+    "StartupInterruptedError",
     "StartupTimeoutError",
     "Stats",
     "serve",
@@ -56,6 +58,7 @@ _HOME = {
     "ServingError": "_errors",
     "ShutdownError": "_errors",
     "StartupError": "_errors",
+    "StartupInterruptedError": "_errors",
     "StartupTimeoutError": "_errors",
     "Stats": "_server",
     "serve": "_serving",
