@@ -110,9 +110,9 @@ def test_the_options_in_the_readme_are_the_options_there_are() -> None:
     assert set(rows) == {*_options._OURS, "lifespan", "factory"}
     settings = _options.parse(App, {})
     defaults: dict[str, Any] = {name: ast.literal_eval(value) for name, value in rows.items()}
-    for name in set(_options._OURS) - set(_options._WHERE):
+    for name in set(_options._OURS) - set(_options.WHERE):
         assert getattr(settings, name) == defaults[name]
-    for name in _options._WHERE:  # saying the default is saying nothing
+    for name in _options.WHERE:  # saying the default is saying nothing
         rest = {"uds": "app.sock"} if name == "uds_mode" else {}
         assert _options.parse(App, {**rest, name: defaults[name]}).where == _options.parse(App, rest).where
     for name in ("lifespan", "factory"):

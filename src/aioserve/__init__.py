@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aioserve._errors import StartupTimeoutError as StartupTimeoutError
     from aioserve._options import App as App
     from aioserve._options import Options as Options
+    from aioserve._process import ServerProcess as ServerProcess
+    from aioserve._process import serving_process as serving_process
     from aioserve._server import Server as Server
     from aioserve._server import Stats as Stats
     from aioserve._serving import serve as serve
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "Server",
     "ServerCrashedError",
+    "ServerProcess",
     "ServingError",
     "ShutdownError",
     "StartupError",
@@ -45,6 +48,7 @@ __all__ = [
     "Stats",
     "serve",
     "serving",
+    "serving_process",
     "start",
 ]
 
@@ -55,6 +59,7 @@ _HOME = {
     "Report": "_shutdown",
     "Server": "_server",
     "ServerCrashedError": "_errors",
+    "ServerProcess": "_process",
     "ServingError": "_errors",
     "ShutdownError": "_errors",
     "StartupError": "_errors",
@@ -63,6 +68,7 @@ _HOME = {
     "Stats": "_server",
     "serve": "_serving",
     "serving": "_serving",
+    "serving_process": "_process",
     "start": "_serving",
 }
 

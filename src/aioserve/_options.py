@@ -100,9 +100,9 @@ class Options(TypedDict, total=False):
     ws_ping_timeout: float | None
 
 
-_WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd")
+WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd")
 _UDS_MODE = 0o600
-_OURS = (*_WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "stop_on_signals")
+_OURS = (*WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "stop_on_signals")
 
 # Of what uvicorn.Config can say, this makes no sense in somebody else's loop.
 REFUSED = {
@@ -156,9 +156,15 @@ def parse(app: App, options: Mapping[str, Any]) -> Settings:
         TypeError: The app is none, or an option is unknown, refused, of the wrong type, or in conflict with another.
         ValueError: An option's value is out of range.
     """
+    check(options)
+    return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Check the names of the options, and the values that can be judged one by one."""
     for name in options:
         _check_name(name)
-    return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
+    _check_values(options)
 
 
 def check_timeout(name: str, value: object) -> float | None:
@@ -183,7 +189,6 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
 
     where = _where(options)
     ssl = _check_ssl(options)
-    _check_values(options)
     timeouts = _timeouts(options)
     signals = _check_signals(options.get("stop_on_signals", False))
 

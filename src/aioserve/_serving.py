@@ -37,7 +37,7 @@ from aioserve._server import Closable, Server
 from aioserve._signals import Interrupted, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -119,11 +119,11 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         ValueError: An option is out of range.
         RuntimeError: There is no running asyncio event loop, or a signal cannot be handled here.
     """
-    _check_backend()
+    check_backend()
     settings = parse(app, options)
     signals = Signals(settings.stop_on_signals)
     try:
-        async with await _start(settings, signals) as server, Body(server, signals):
+        async with await start_as(settings, signals) as server, Body(server, signals):
             yield server
     finally:
         signals.release()
@@ -146,11 +146,11 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     Raises:
         OSError, StartupError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    _check_backend()
+    check_backend()
     settings = parse(app, options)
     signals = Signals(settings.stop_on_signals)
     try:
-        server = await _start(settings, signals)
+        server = await start_as(settings, signals)
         if signals.first is not None:
             async with server:
                 raise interrupted(signals)
@@ -187,11 +187,11 @@ async def serve(
             nobody waiting, it returns.)
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    _check_backend()
+    check_backend()
     settings = parse(app, options)
     signals = Signals(settings.stop_on_signals)
     try:
-        async with await _start(settings, signals) as server, Body(server, signals):
+        async with await start_as(settings, signals) as server, Body(server, signals):
             task_status.started(server)
             await server.wait_closed()
     except StartupInterruptedError:
@@ -201,8 +201,12 @@ async def serve(
         signals.release()
 
 
-async def _start(settings: Settings, signals: Signals) -> Server:
-    listeners = await listen(settings, signals)
+async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Listener] | None = None) -> Server:
+    """
+    Start as the settings say, unless a signal comes; on what listens already, if it is given.
+    """
+    if listeners is None:
+        listeners = await listen(settings, signals)
     try:
         with signals.interrupting():
             load(settings.config)
@@ -321,7 +325,7 @@ class Body(Interruptible):
         return await super().__aexit__(exc_type, exc, tb)
 
 
-def _check_backend() -> None:
+def check_backend() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
