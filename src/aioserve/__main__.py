@@ -226,7 +226,8 @@ def tell(event: dict[str, Any], *, ready_fd: int | None) -> None:
     if event["event"] == "ready":
         click.echo("\n".join(event["urls"]))
     elif event["error"] is not None:
-        complain("it cannot start" if event["event"] == "failed" else "it failed", event["error"])
+        failed = event["event"] == "failed" and event["error"]["type"] != "StartupInterruptedError"
+        complain("it cannot start: " if failed else "", event["error"])
     if event["event"] in ("ready", "failed") and ready_fd is not None:
         with open(ready_fd, "wb") as out:
             out.write(json.dumps({**event, "pid": os.getpid()}).encode() + b"\n")
@@ -237,7 +238,7 @@ def complain(what: str, error: dict[str, Any]) -> None:
     if error["traceback"]:
         logger.error("%s", error["traceback"].rstrip())
     filename = f": {error['filename']}" if error["filename"] else ""
-    say(f"{what}: {error['message']}{filename}")
+    say(f"{what}{error['message']}{filename}")
 
 
 def say(line: str) -> None:

@@ -280,13 +280,10 @@ class Interruptible:
         others = left > self._before
         if not isinstance(exc, asyncio.CancelledError):
             return False
-        if not others:
-            return True  # ours alone; what comes next says why
-
-        # Cancellations have come as one. If the other is an anyio scope's, the scope would not know this one for
-        # its own, and would let it pass; here it can put in its own.
+        # If an anyio scope is cancelled as well, the two have come as one. The scope would not know ours for its own, and
+        # would let it pass; here it can put in its own.
         await checkpoint_if_cancelled()
-        return False
+        return not others  # ours alone: what comes next says why
 
 
 class Body(Interruptible):
