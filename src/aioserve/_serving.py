@@ -280,8 +280,8 @@ class Interruptible:
         others = left > self._before
         if not isinstance(exc, asyncio.CancelledError):
             return False
-        # If an anyio scope is cancelled as well, the two have come as one. The scope would not know ours for its own, and
-        # would let it pass; here it can put in its own.
+        # If an anyio scope is cancelled as well, the two have come as one. The scope would not know ours for its own,
+        # and would let it pass; here it can put in its own.
         await checkpoint_if_cancelled()
         return not others  # ours alone: what comes next says why
 
