@@ -81,6 +81,7 @@ async def _serve_until_told(
     except (OSError, ServingError) as exc:
         tell({"event": "failed", "error": in_json(exc)})
         return NOT_STARTED
+    server._engine.on_crash = lambda: None  # it is told below, and need not be logged
     tell({"event": "ready", **_where(server)})
 
     error: BaseException | None = None
