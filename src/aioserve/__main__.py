@@ -4,7 +4,6 @@ The command line: `aioserve package.module:app`, or `python -m aioserve package.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import uvicorn
 
 from aioserve import _child
 from aioserve._options import REFUSED, Options, parse
-from aioserve._program import run
+from aioserve._program import log_config, run
 
 logger = logging.getLogger("aioserve")
 
@@ -211,14 +210,6 @@ def _as_options(given: dict[str, Any]) -> dict[str, Any]:
     if not any(name in options for name in ("uds", "fd", "systemd")):
         options.setdefault("port", 8000)
     return options
-
-
-def log_config(level: str) -> dict[str, Any]:
-    """Return the logging of uvicorn's command line, but for two things: all of it on the standard error, and ours."""
-    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    config["loggers"]["aioserve"] = {"handlers": ["default"], "level": "DEBUG" if level == "trace" else level.upper()}
-    return config
 
 
 def tell(event: dict[str, Any], *, ready_fd: int | None) -> None:

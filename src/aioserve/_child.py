@@ -47,7 +47,8 @@ def run(app: str, descriptors: str) -> int:
         except BrokenPipeError:
             pass  # the parent has gone; the lifeline says so, too
 
-    options = {**told["options"], "stop_on_signals": True}
+    options = {"log_level": "warning", "stop_on_signals": True, **told["options"]}
+    options.setdefault("log_config", _program.log_config(options["log_level"]))
     listeners = [Listener(socket.socket(fileno=fd), lent=lent) for fd, lent in told["listeners"]]
     return _program.run(parse(app, options), tell, listeners=listeners, begin=orders.begin)
 

@@ -403,8 +403,6 @@ def _to_pass(app: object, options: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"{app!r} cannot be handed to another process, whose __main__ is another; name the module")
     check(options)
     passed: dict[str, Any] = {"startup_timeout": None}
-    if not any(name in options for name in _FOR_LOGS):
-        passed["log_level"] = "warning"
     for name, value in options.items():
         if name in _THE_PARENTS:
             continue

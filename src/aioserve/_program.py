@@ -8,10 +8,13 @@ that can become JSON.
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import uvicorn
 
 from aioserve._errors import ServingError, StartupInterruptedError
 from aioserve._serving import start_as
@@ -98,6 +101,14 @@ async def _serve_until_told(
         }
     )
     return FORCED if error is not None or report is None or was_forced(report) else GRACEFUL
+
+
+def log_config(level: str) -> dict[str, Any]:
+    """Return the logging of uvicorn's command line, but for two things: all of it on the standard error, and ours."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    config["loggers"]["aioserve"] = {"handlers": ["default"], "level": "DEBUG" if level == "trace" else level.upper()}
+    return config
 
 
 def was_forced(report: Report) -> bool:
