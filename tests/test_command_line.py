@@ -256,7 +256,7 @@ def test_a_command_line_that_makes_no_sense_exits_with_2(arguments: list[str], m
 def test_every_option_of_serving_is_there_or_has_no_form_there() -> None:
     """And the help shows each once."""
     names = {each.name for each in (*OURS, *PASSED)}
-    without_form = {"sockets", "ssl_context_factory", "stop_on_signals"}
+    without_form = {"sockets", "ssl", "ssl_context_factory", "stop_on_signals"}
     assert set(_options.Options.__optional_keys__) - names == without_form
     with command("--help") as program:
         assert program.end() == (0, "")

@@ -11,7 +11,6 @@ import select
 import signal
 import socket
 import ssl
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -69,13 +68,16 @@ async def asking(server: ServerProcess, path: str) -> AsyncIterator[asyncio.Stre
     assert server.port is not None
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(f"GET {path} HTTP/1.1\r\nhost: test\r\n\r\n".encode())
-    yield reader
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
+    try:
+        yield reader
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
-def is_free(port: int) -> bool:
+def is_free(port: int | None) -> bool:
+    assert port is not None
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -262,12 +264,12 @@ async def test_a_child_that_dies_cancels_the_body(how: str, said: str, capfd: py
     seen = []
     with pytest.raises(ServerCrashedError, match=said) as caught:
         async with serving_process(TALKING) as server:
-            if how == "SIGKILL":
-                os.kill(server.pid, signal.SIGKILL)
-            else:
-                with contextlib.suppress(httpx.HTTPError):
-                    await get(server, how)
             try:
+                if how == "SIGKILL":
+                    os.kill(server.pid, signal.SIGKILL)
+                else:
+                    with contextlib.suppress(httpx.HTTPError):
+                        await get(server, how)
                 await asyncio.Event().wait()
             finally:
                 seen.append("unwound")
@@ -315,7 +317,7 @@ async def test_the_bodys_exception_comes_out() -> None:
 
 async def test_a_cancelled_body_unwinds_while_the_child_still_answers() -> None:
     """Then it goes on, uncounted."""
-    answers = []
+    answers: list[str] = []
 
     async def block() -> None:
         async with serving_process(TALKING) as server:
@@ -504,7 +506,7 @@ async def main(app, moment):
             try:
                 await asyncio.Event().wait()
             finally:
-                print("the body unwinds, and the child", "lives" if server.returncode is None else "is dead", flush=True)
+                print("the body unwinds, and the child has ended with", server.returncode, flush=True)
 
 app, moment, loop = sys.argv[1:]
 with asyncio.Runner(**LOOPS[loop]) as runner:
@@ -566,9 +568,8 @@ def test_a_parent_that_is_killed_right_away_takes_the_child_along() -> None:
 def test_a_fork_of_the_parent_that_outlives_it_does_not_keep_the_child() -> None:
     """Though it has the other end of the lifeline."""
     forking = PARENT.replace('print("ready"', 'os.fork() or signal.pause(); print("ready"')
-    with Program(
-        "-W", "ignore:.*use of fork:DeprecationWarning", "-c", forking, TALKING, "serving", "asyncio"
-    ) as program:
+    allowed = ("-W", "ignore:.*use of fork:DeprecationWarning")
+    with Program(*allowed, "-c", forking, TALKING, "serving", "asyncio") as program:
         child = int(program.wait_for("ready").split()[1])
         end = os.pidfd_open(child)
         program.send(signal.SIGKILL)
@@ -586,12 +587,12 @@ def test_ctrl_c_reaches_the_child_by_its_parent_only(loop: str) -> None:
         code, err = program.end()
     assert code == -signal.SIGINT
     assert err.endswith("KeyboardInterrupt\n")
-    assert program.said[-2:] == ["the body unwinds, and the child lives", "lifespan over"]
+    assert program.said[-2:] == ["the body unwinds, and the child has ended with None", "lifespan over"]
 
 
 def test_an_ssl_context_is_refused() -> None:
     """It cannot be written down."""
-    with pytest.raises(TypeError, match="ssl=.* cannot be handed to another process"):
+    with pytest.raises(TypeError, match=r"ssl=.* cannot be handed to another process"):
         _process._to_pass(TALKING, {"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)})
 
 
@@ -601,4 +602,3 @@ def test_an_error_of_a_kind_that_we_do_not_know_is_a_serving_error() -> None:
     error = _process._error_of(told)
     assert type(error) is ServingError
     assert str(error) == "something new"
-    assert subprocess
