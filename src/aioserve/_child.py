@@ -1,8 +1,8 @@
 """
 The child's side of `serving_process()`: the command line, with a parent.
 
-The parent hands down open descriptors: a file with what to serve and how, a pipe for events, and its end of a pipe that
-it never writes to, the lifeline. When that ends, so has the parent, whatever it was that ended it; then the child stops
+The parent hands down open descriptors: a file with what to serve and how, a pipe for events, and the lifeline, a pipe
+on which it writes only to force. When that ends, so has the parent, whatever it was that ended it; then the child stops
 by itself, and leaves for good when its time is over, whatever it is doing.
 """
 
@@ -73,10 +73,23 @@ class Orders:
     def stop(self) -> None:
         """Tell the main thread, unless it knows already: a second signal would force."""
         if not self._over and (self._signals is None or not self._signals.count):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            _send_main_thread(signal.SIGTERM)
+
+    def force(self) -> None:
+        """Tell the main thread once more; the first time, by SIGTERM, it was the parent."""
+        if not self._over:
+            _send_main_thread(signal.SIGINT)
+
+
+def _send_main_thread(signum: int) -> None:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signum)
 
 
 def _watch(lifeline: int, parent: int, bound: float, orders: Orders) -> None:
+    # Signals are for the main thread; one that came here would not wake it up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
     # A fork of the parent's may hold the other end as well, and outlive it.
@@ -84,8 +97,8 @@ def _watch(lifeline: int, parent: int, bound: float, orders: Orders) -> None:
         poll.register(os.pidfd_open(parent), select.POLLIN)
     except (AttributeError, OSError):
         pass  # not on this system; or it has gone already, and with it the lifeline
-    if os.getppid() == parent:
-        poll.poll()
+    while os.getppid() == parent and [lifeline] == [fd for fd, _event in poll.poll()] and os.read(lifeline, 1):
+        orders.force()
     orders.stop()
     time.sleep(bound)
     os._exit(_program.FORCED)

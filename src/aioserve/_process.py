@@ -3,8 +3,8 @@
 
 The child is our own command line. The parent binds, so that what it raises is what `serving()` raises, and hands the
 listening sockets down. It hears of the child by a pipe, on which come lines of JSON, and by the child's end, for which
-the kernel has a descriptor; both are watched by the loop. It speaks in signals: SIGTERM asks the child to stop, and
-SIGINT after it forces (two that are alike could become one on their way). SIGKILL has the last word.
+the kernel has a descriptor; both are watched by the loop. SIGTERM asks the child to stop; a byte on the lifeline forces
+(two signals that come at once can become one on their way, or none that wakes anybody). SIGKILL has the last word.
 """
 
 from __future__ import annotations
@@ -320,7 +320,8 @@ class _Child:
 
     def _force(self) -> None:
         self._forced = True
-        self.process.send_signal(signal.SIGINT)
+        with suppress(BrokenPipeError):  # it is gone
+            self._lifeline.write(b"!")
         self._set_timer(longest(0, 0, Lifespan.grace) + EXIT, self._kill)
 
     def _give_up(self) -> None:
