@@ -59,6 +59,11 @@ class Program:
         """Send it a signal."""
         self.process.send_signal(signum)
 
+    def wait_until_asleep(self) -> None:
+        """Wait until it has nothing to do; that is told by Linux."""
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            pass
+
     def end(self) -> tuple[int, str]:
         """Wait for its end; return the exit code and what it printed to the standard error."""
         out, err = self.process.communicate()

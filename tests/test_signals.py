@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from types import FrameType
@@ -152,6 +153,23 @@ def test_by_default_ctrl_c_is_asyncios(door: str, loop_name: str) -> None:
         code, err = program.end()
     assert code == -signal.SIGINT
     assert err.endswith("\nKeyboardInterrupt\n")
+    assert program.masked[-2:] == ["lifespan over", CLOSED]
+
+
+@pytest.mark.parametrize("loop_name", LOOPS)
+@pytest.mark.skipif(sys.platform != "linux", reason="it has to know when the program is asleep")
+def test_by_default_the_second_ctrl_c_forces(loop_name: str) -> None:
+    """By way of `asyncio.run()`, which cancels all that is left."""
+    with Program("-m", "tests.signalled", "serving", "second", loop_name) as program:
+        program.wait_for("holding")
+        program.send(signal.SIGINT)
+        program.wait_for("the body is over")
+        program.wait_until_asleep()
+        program.send(signal.SIGINT)
+        code, err = program.end()
+    assert code == -signal.SIGINT
+    assert err.endswith("\nKeyboardInterrupt\n")
+    assert "cancelled /hold" in program.said
     assert program.masked[-2:] == ["lifespan over", CLOSED]
 
 

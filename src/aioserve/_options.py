@@ -156,7 +156,8 @@ def parse(app: App, options: Mapping[str, Any]) -> Settings:
         TypeError: The app is none, or an option is unknown, refused, of the wrong type, or in conflict with another.
         ValueError: An option's value is out of range.
     """
-    check(options)
+    for name in options:
+        _check_name(name)
     return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
 
 
@@ -189,6 +190,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
 
     where = _where(options)
     ssl = _check_ssl(options)
+    _check_values(options)
     timeouts = _timeouts(options)
     signals = _check_signals(options.get("stop_on_signals", False))
 
