@@ -240,6 +240,7 @@ def test_what_the_app_raised_is_told_with_its_traceback(arguments: list[str], fi
         (["a:b", "--shutdown-timeout=-1"], "shutdown_timeout must be 0 or more seconds, not -1.0.*"),
         (["a:b", "--drain-delay=none"], "drain_delay must be a limited number of seconds, not None.*"),
         (["a:b", "--ready-fd=99"], ".*99 is no open file descriptor"),
+        (["a:b", f"--log-config={__file__}"], ".+"),
         (["a:b", "--http=h3"], "http must be one of .*, not 'h3'"),
     ],
 )

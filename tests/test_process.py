@@ -210,6 +210,13 @@ async def test_a_certificate_that_is_missing_is_an_os_error() -> None:
     assert caught.value.filename == "/nowhere"
 
 
+async def test_what_only_the_child_can_find_wrong_is_an_error_all_the_same() -> None:
+    """As here, where a configuration is none of logging."""
+    with pytest.raises(ValueError, match="dictionary doesn't specify a version"):
+        async with serving_process(TALKING, log_config={}):
+            raise AssertionError("the body ran")
+
+
 @pytest.mark.parametrize("app", ["tests.children:hanging", "tests.blocking_module:app"])
 async def test_a_start_that_takes_too_long_is_given_up(app: str) -> None:
     """An import counts as well, since it holds up nobody here."""

@@ -20,7 +20,7 @@ from aioserve import _child
 from aioserve._options import REFUSED, Options, parse
 from aioserve._program import log_config, run
 
-logger = logging.getLogger("aioserve")
+logger: logging.Logger = logging.getLogger("aioserve")
 
 # Exit code for a command line that makes no sense, as everywhere.
 MISUSED = 2
@@ -191,7 +191,7 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     sys.path.insert(0, os.path.abspath(app_dir))
     try:
         settings = parse(app, _as_options(given))
-    except (TypeError, ValueError) as exc:
+    except Exception as exc:  # (a configuration of logging raises what it likes)
         raise click.UsageError(str(exc)) from exc
 
     return run(settings, partial(tell, ready_fd=ready_fd), loop=loop)

@@ -50,7 +50,12 @@ def run(app: str, descriptors: str) -> int:
     options = {"log_level": "warning", "stop_on_signals": True, **told["options"]}
     options.setdefault("log_config", _program.log_config(options["log_level"]))
     listeners = [Listener(socket.socket(fileno=fd), lent=lent) for fd, lent in told["listeners"]]
-    return _program.run(parse(app, options), tell, listeners=listeners, begin=orders.begin)
+    try:
+        settings = parse(app, options)
+    except Exception as exc:  # noqa: BLE001 (a configuration of logging raises what it likes)
+        tell({"event": "failed", "error": _program.in_json(exc)})
+        return _program.NOT_STARTED
+    return _program.run(settings, tell, listeners=listeners, begin=orders.begin)
 
 
 class Orders:

@@ -151,15 +151,15 @@ class _Child:
     def __init__(self, app: str, options: Mapping[str, Any], settings: Settings, listeners: Sequence[Listener]) -> None:
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
-        self.started = False
-        self.closed = asyncio.Event()
+        self.started: bool = False
+        self.closed: asyncio.Event = asyncio.Event()
         self.error: BaseException | None = None
         self.on_crash: Callable[[], None] | None = None
         self.report: Report | None = None
 
         scheme = "https" if settings.config.ssl_certfile else "http"
-        self.urls = [listener.url(scheme) for listener in listeners]
-        self.address = listeners[0].host, listeners[0].port
+        self.urls: list[str] = [listener.url(scheme) for listener in listeners]
+        self.address: tuple[str | None, int | None] = listeners[0].host, listeners[0].port
         self._settings = settings
         self._listeners = listeners
         self._asked_at: float | None = None
@@ -179,6 +179,7 @@ class _Child:
                 "parent": os.getpid(),
                 "bound": longest(settings.drain_delay, orphan, Lifespan.grace),
             }
+            self.process: subprocess.Popen[bytes]
             self.process, self._events, self._lifeline = _spawn(app, told)
         except BaseException:
             for listener in listeners:
@@ -425,7 +426,8 @@ def _error_of(told: Mapping[str, Any]) -> BaseException:
         kind = ssl.SSLError if told["type"].startswith("SSL") else OSError
         error = kind(told["errno"], told["message"], *([told["filename"]] if told["filename"] else []))
     else:
-        error = getattr(_errors, told["type"], ServingError)(told["message"])
+        kinds = {"TypeError": TypeError, "ValueError": ValueError, **vars(_errors)}
+        error = kinds.get(told["type"], ServingError)(told["message"])
     if told["traceback"]:
         error.add_note(f"In the child process:\n{told['traceback'].rstrip()}")
     return error
