@@ -79,6 +79,48 @@ def test_several_hosts_are_several_lines() -> None:
         assert program.end()[0] == 0
 
 
+def test_it_serves_on_a_unix_socket(tmp_path: Path) -> None:
+    """With the mode that is asked for; and takes it away at the end."""
+    path = tmp_path / "app.sock"
+    with command("tests.apps:factory", "--factory", "--uds", str(path), "--uds-mode=640") as program:
+        assert program.wait_for("http+unix://").endswith("app.sock")
+        assert path.stat().st_mode & 0o777 == 0o640
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            assert client.get("http://test/").text == "hello"
+        program.send(signal.SIGTERM)
+        assert program.end()[0] == 0
+    assert not path.exists()
+
+
+def test_it_serves_on_a_descriptor() -> None:
+    """Which is left as it was."""
+    with socket.create_server(("127.0.0.1", 0)) as lent:
+        fd = lent.fileno()
+        with command("tests.apps:factory", "--factory", f"--fd={fd}", pass_fds=(fd,)) as program:
+            url = program.wait_for("http")
+            assert url == f"http://127.0.0.1:{lent.getsockname()[1]}"
+            assert httpx.get(url, trust_env=False).text == "hello"
+            program.send(signal.SIGTERM)
+            assert program.end()[0] == 0
+
+
+@pytest.mark.parametrize("option", ["--systemd", "--systemd-name=web"])
+def test_it_serves_on_what_systemd_hands_down(option: str) -> None:
+    """All of it, or what goes by a name."""
+    with socket.create_server(("127.0.0.1", 0)) as lent:
+        as_systemd = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='web'); "
+            "os.execv(sys.executable, [sys.executable, '-u', *sys.argv[2:]])"
+        )
+        fd = lent.fileno()
+        arguments = (*COMMAND, "tests.apps:factory", "--factory", option)
+        with Program("-c", as_systemd, str(fd), *arguments, pass_fds=(fd,)) as program:
+            assert program.wait_for("http") == f"http://127.0.0.1:{lent.getsockname()[1]}"
+            program.send(signal.SIGTERM)
+            assert program.end()[0] == 0
+
+
 def test_a_program_is_told_where_it_serves() -> None:
     """By one line of JSON."""
     told, tell = os.pipe()

@@ -134,6 +134,23 @@ async def test_lent_sockets_are_left_to_the_next_one() -> None:
                 assert (await reader.readuntil(b"hello")).startswith(b"HTTP/1.1 200")
 
 
+async def test_a_unix_socket_is_gone_with_the_child(tmp_path: Path) -> None:
+    """However that ends."""
+    path = tmp_path / "app.sock"
+    async with serving_process(TALKING, uds=path) as server:
+        assert (server.host, server.port) == (None, None)
+        assert server.url.endswith("app.sock")
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path))) as client:
+            assert (await client.get("http://test/")).text == "hello"
+    assert not path.exists()
+
+    with pytest.raises(ServerCrashedError):
+        async with serving_process(TALKING, uds=path) as server:
+            os.kill(server.pid, signal.SIGKILL)
+            await asyncio.Event().wait()
+    assert not path.exists()
+
+
 async def test_several_at_once() -> None:
     """Each in its own process."""
     async with serving_process(TALKING) as one, serving_process(TALKING) as two:
