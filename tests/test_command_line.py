@@ -345,7 +345,7 @@ def test_options_arrive_as_serving_takes_them(
 def test_the_app_is_looked_for_where_it_is_said(tmp_path: Path) -> None:
     """In the current directory, or in another."""
     (tmp_path / "lone_app.py").write_text("from tests.apps import without_lifespan as app\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     script = str(Path(sys.executable).with_name("aioserve"))
     for arguments, cwd in (([], tmp_path), (["--app-dir", str(tmp_path)], ROOT)):
         with subprocess.Popen(  # noqa: S603

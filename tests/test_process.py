@@ -12,7 +12,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,20 @@ async def test_what_is_in_flight_is_answered() -> None:
         assert (await reader.read()).endswith(b"hello")
 
 
-async def test_lent_sockets_are_left_to_the_next_one() -> None:
+async def test_lent_sockets_are_left_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are never closed, and what waits in their queue is answered by whoever comes next."""
+
+    def note(app: str, told: Mapping[str, Any]) -> Any:
+        lents.extend(lent for _fd, lent in told["listeners"])
+        return spawn(app, told)
+
+    lents: list[bool] = []
+    spawn = _process._spawn
+    monkeypatch.setattr(_process, "_spawn", note)
     with socket.socket() as lent:
         lent.bind(("127.0.0.1", 0))
-        async with serving_process(TALKING, sockets=[lent]) as first:
+        async with serving_process(TALKING, sockets=[lent]) as first, serving_process(TALKING):
+            assert lents == [True, False]
             assert (await get(first)).text == "hello"
         async with asking(first, "/") as reader:
             async with serving_process(TALKING, sockets=[lent]):

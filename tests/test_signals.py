@@ -192,17 +192,6 @@ def note(called: list[str], name: str, signum: int, frame: FrameType | None) -> 
     called.append(name)
 
 
-async def test_a_signal_wakes_a_loop_that_sleeps(calls: list[str]) -> None:
-    """The one that comes by itself, while there is nothing to do, is heard at once."""
-    server = await start(App(), stop_on_signals=[signal.SIGUSR1])
-    main = threading.main_thread().ident
-    assert main is not None
-    asyncio.get_running_loop().call_soon(threading.Timer(0, signal.pthread_kill, [main, signal.SIGUSR1]).start)
-    with anyio.fail_after(30):
-        await server.wait_closed()
-    assert calls == []
-
-
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 async def test_the_task_counts_no_cancellation(door: Door, calls: list[str]) -> None:
     """To the task, it never was one; and the host is not called, unless it is its turn again."""
