@@ -36,7 +36,9 @@ class Program:
         self.enough = asyncio.Event()
 
     async def run(self) -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.app.release.set)
+        # Not the loop's own way to handle signals: it would be woken up by all others, too.
+        loop = asyncio.get_running_loop()
+        signal.signal(signal.SIGUSR1, lambda *_: loop.call_soon_threadsafe(self.app.release.set))
         app: Any = "tests.blocking_module:app" if self.moment == "import" else self.app
         driving = asyncio.create_task(self.drive())
         try:
