@@ -33,6 +33,8 @@ class App:
         self.startup = startup
         self.shutdown = shutdown
         self.events: list[str] = []
+        self.state: dict[str, Any] | None = None
+        """The lifespan's, once it has begun."""
         self.error: BaseException = AppError("the app's own")
         self.crash = asyncio.Event()
         """Set it, and the lifespan raises `error` in the middle of serving."""
@@ -53,6 +55,7 @@ class App:
             await self.request(scope, receive, send)
 
     async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.state = scope["state"]
         if self.startup == "raises early":
             raise self.error
         await receive()

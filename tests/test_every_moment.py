@@ -5,15 +5,27 @@ It cannot be cancelled at a bad moment: every turn of the loop is tried, for eac
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 
 import pytest
 
-from aioserve import ServerCrashedError, ShutdownError, StartupError
+from aioserve import ServerCrashedError, ShutdownError, StartupError, StartupInterruptedError
 from tests.turns import after
-from tests.walk import DOORS, Interruption, Run, by_scope, by_sibling, by_timeout, natively, undisturbed, walk
+from tests.walk import (
+    DOORS,
+    Interruption,
+    Run,
+    by_scope,
+    by_sibling,
+    by_timeout,
+    natively,
+    undisturbed,
+    unless_over,
+    walk,
+)
 
 pytestmark = [pytest.mark.usefixtures("short_grace"), pytest.mark.parametrize("door", DOORS)]
 
@@ -154,3 +166,48 @@ async def test_the_lifespan_hangs(door: str, record_property: Record) -> None:
 
     make = partial(Run, door, startup_timeout=0.01, shutdown_timeout=0)
     record_property("points", await walk(make, hang))
+
+
+@pytest.fixture
+def sigusr1() -> Iterator[None]:
+    """Let the signal do nothing to a run that has not asked for it yet, or no more."""
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: None)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def stopped_by_signal(error: BaseException) -> bool:
+    return isinstance(error, StartupInterruptedError) and "SIGUSR1" in str(error)
+
+
+@pytest.mark.usefixtures("sigusr1")
+@pytest.mark.parametrize("apart", [None, *APART])
+async def test_a_signal_comes(door: str, apart: int | None, record_property: Record) -> None:
+    """The run completes, or has failed to start; to the task, it never was a cancellation. A second one may force."""
+
+    async def come(run: Run, turn: int) -> bool:
+        if apart is not None:
+            after(turn + apart, unless_over(run, partial(signal.raise_signal, signal.SIGUSR1)))
+        return await undisturbed(run, turn, partial(signal.raise_signal, signal.SIGUSR1), stopped_by_signal)
+
+    make = partial(Run, door, stop_on_signals=[signal.SIGUSR1])
+    record_property("points", await walk(make, come))
+
+
+@pytest.mark.usefixtures("sigusr1")
+@pytest.mark.parametrize("apart", [-4, -1, *APART])
+@pytest.mark.parametrize("scoped", [False, True], ids=["natively", "by a scope"])
+async def test_a_signal_comes_and_the_block_is_cancelled(
+    door: str, scoped: bool, apart: int, record_property: Record
+) -> None:
+    """The cancellation wins, and the two are never taken for each other."""
+
+    async def come(run: Run, turn: int) -> bool:
+        after(turn, unless_over(run, partial(signal.raise_signal, signal.SIGUSR1)))
+        cancel_at = max(turn + apart, 0)
+        judge = door != GROUP and (ANYIO_TELLS_THEM_APART or not scoped)
+        interrupt = by_scope if scoped else natively
+        return await interrupt(run, cancel_at, accept=stopped_by_signal, judge=judge)
+
+    make = partial(Run, door, stop_on_signals=[signal.SIGUSR1])
+    record_property("points", await walk(make, come))

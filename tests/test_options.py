@@ -31,6 +31,7 @@ OURS = {
     "shutdown_timeout",
     "drain_delay",
     "disconnect_after",
+    "stop_on_signals",
     "factory",
 }
 BY_UVICORN = set(inspect.signature(uvicorn.Config).parameters) - {"app"}

@@ -23,7 +23,7 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser
 
 import aioserve
-from aioserve import _options
+from aioserve import __main__, _options, _program
 from tests.apps import App
 from tests.conftest import WARNINGS_ARE_ERRORS
 
@@ -75,7 +75,7 @@ def sections() -> dict[str, str]:
     """The README by its headings; each section stands on its own."""
     _, *parts = re.split(r"^#+ (.*)$", README.read_text(), flags=re.MULTILINE)
     code = {heading: text for heading, text in zip(parts[::2], parts[1::2], strict=True) if "```python" in text}
-    assert len(code) == 20
+    assert len(code) == 21
     return code
 
 
@@ -122,9 +122,9 @@ def test_the_options_in_the_readme_are_the_options_there_are() -> None:
     assert set(rows) == {*_options._OURS, "lifespan", "factory"}
     settings = _options.parse(App, {})
     defaults: dict[str, Any] = {name: ast.literal_eval(value) for name, value in rows.items()}
-    for name in set(_options._OURS) - set(_options._WHERE):
-        assert getattr(settings, name) == defaults[name]
-    for name in _options._WHERE:  # saying the default is saying nothing
+    for name in set(_options._OURS) - set(_options.WHERE):
+        assert getattr(_options.parse(App, {name: defaults[name]}), name) == getattr(settings, name)
+    for name in _options.WHERE:  # saying the default is saying nothing
         rest = {"uds": "app.sock"} if name == "uds_mode" else {}
         assert _options.parse(App, {**rest, name: defaults[name]}).where == _options.parse(App, rest).where
     for name in ("lifespan", "factory"):
@@ -134,10 +134,21 @@ def test_the_options_in_the_readme_are_the_options_there_are() -> None:
 def test_the_names_in_the_readme_are_public() -> None:
     """Every error and every member of Server that it mentions."""
     text = README.read_text()
-    for name in set(re.findall(r"`(\w+Error)`", text)) - {"OSError", "TypeError", "ValueError"}:
+    for name in set(re.findall(r"`(\w+Error)`", text)) - {"OSError", "RuntimeError", "TypeError", "ValueError"}:
         assert name in aioserve.__all__
     members = text.split("A `Server` has\n")[1].split("\nHandlers")[0]
     found = set(re.findall(r"`(?:await )?(\w+)(?:\(.*?\))?`", members))
     fields = {*aioserve.Stats._fields, *aioserve.Report._fields, *aioserve.HeldUp._fields}
-    assert found - fields == {name for name in vars(aioserve.Server) if not name.startswith("_")}
+    assert found - fields == {name for name in dir(aioserve.Server) if not name.startswith("_")}
     assert fields - found == set()
+
+
+def test_the_command_lines_exit_codes_are_those_of_the_readme() -> None:
+    """And what it says of a child's handle is there."""
+    text = README.read_text()
+    rows = re.findall(r"^\| (\d) \| ", text.split("| exit code |")[1].split("\n\n")[0], flags=re.MULTILINE)
+    codes = (_program.GRACEFUL, _program.FORCED, __main__.MISUSED, _program.NOT_STARTED)
+    assert tuple(map(int, rows)) == codes
+    members = text.split("It yields a `ServerProcess`")[1].split("\n\n")[0]
+    found = set(re.findall(r"`(\w+)(?:\(\))?`", members)) - {"Server"}
+    assert found == {name for name in dir(aioserve.ServerProcess) if not name.startswith("_")}

@@ -40,7 +40,6 @@ class Fragile(App):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: dict[str, Any] | None = None
         self.busy = 0
         self._task: asyncio.Task[object] | None = None
         self._fate: Callable[[], Awaitable[None]] | None = None
@@ -57,7 +56,6 @@ class Fragile(App):
             self._task.cancel()
 
     async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.state = scope["state"]
         self._task = asyncio.current_task()
         assert self._task is not None
         try:

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from aioserve._errors import ServingError as ServingError
     from aioserve._errors import ShutdownError as ShutdownError
     from aioserve._errors import StartupError as StartupError
+    from aioserve._errors import StartupInterruptedError as StartupInterruptedError
     from aioserve._errors import StartupTimeoutError as StartupTimeoutError
     from aioserve._options import App as App
     from aioserve._options import Options as Options
+    from aioserve._process import ServerProcess as ServerProcess
+    from aioserve._process import serving_process as serving_process
     from aioserve._server import Server as Server
     from aioserve._server import Stats as Stats
     from aioserve._serving import serve as serve
@@ -36,13 +39,16 @@ __all__ = [
     "Report",
     "Server",
     "ServerCrashedError",
+    "ServerProcess",
     "ServingError",
     "ShutdownError",
     "StartupError",
+    "StartupInterruptedError",
     "StartupTimeoutError",
     "Stats",
     "serve",
     "serving",
+    "serving_process",
     "start",
 ]
 
@@ -53,13 +59,16 @@ _HOME = {
     "Report": "_shutdown",
     "Server": "_server",
     "ServerCrashedError": "_errors",
+    "ServerProcess": "_process",
     "ServingError": "_errors",
     "ShutdownError": "_errors",
     "StartupError": "_errors",
+    "StartupInterruptedError": "_errors",
     "StartupTimeoutError": "_errors",
     "Stats": "_server",
     "serve": "_serving",
     "serving": "_serving",
+    "serving_process": "_process",
     "start": "_serving",
 }
 

@@ -90,6 +90,9 @@ class Engine(uvicorn.Server):
     on_crash: Callable[[], None] | None = None
     """Called when the server dies in the middle of serving, from its own task."""
 
+    on_closed: Callable[[], None] | None = None
+    """Called when all is over, right before the waiters are told."""
+
     report: Report | None = None
     """How the shutdown went, when it is over."""
 
@@ -155,6 +158,7 @@ class Engine(uvicorn.Server):
         except GeneratorExit:
             # Its loop was closed under it, and now it is garbage.
             self.acceptor.close()
+            self._tell_owner()
             raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave our task)
             self._fail("the server's own task failed while it was stopping", exc)
@@ -224,8 +228,13 @@ class Engine(uvicorn.Server):
         self.stopping.set()
         if self.started:
             uvicorn_logger.info("Closed %s", ", ".join(self.urls))
+        self._tell_owner()
         self._tell_starter()
         self.closed.set()
+
+    def _tell_owner(self) -> None:
+        if self.on_closed is not None:
+            self.on_closed()
 
     def _tell_starter(self) -> None:
         if not self.ready.done():

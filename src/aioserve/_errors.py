@@ -34,6 +34,15 @@ class StartupTimeoutError(StartupError):
     """
 
 
+class StartupInterruptedError(StartupError):
+    """
+    The server was told to stop before it had started: by a signal that `stop_on_signals` asked for, or by
+    `close(timeout=0)`.
+
+    Nothing has failed, hence there is no `__cause__`. `serve()` returns normally after a signal.
+    """
+
+
 class ServerCrashedError(ServingError):
     """
     The server died while the block's body was running; the body has been cancelled.

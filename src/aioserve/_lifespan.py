@@ -11,7 +11,7 @@ import asyncio
 import logging
 from typing import Any, Literal
 
-from aioserve._errors import ShutdownError, StartupError, StartupTimeoutError
+from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError
 from aioserve._options import Message, Scope
 from aioserve._waiting import Waiting
 
@@ -80,6 +80,7 @@ class Lifespan:
         Raises:
             StartupError: It failed; its own exception is the `__cause__`.
             StartupTimeoutError: It took longer than `timeout` seconds; it has been cancelled.
+            StartupInterruptedError: The server was forced meanwhile, and so it was cancelled.
         """
         if self.over:
             return
@@ -89,7 +90,7 @@ class Lifespan:
         if not await self._waiting.wait_for(self._has_answered, timeout):
             await self._abandon()
             if self._waiting.forced:
-                raise StartupError("the server was told to stop before the app's lifespan had started")
+                raise StartupInterruptedError("the server was told to stop before the app's lifespan had started")
             message = f"the app's lifespan did not start within startup_timeout={timeout:g} seconds; it was cancelled"
             raise StartupTimeoutError(message) from TimeoutError(message)
 

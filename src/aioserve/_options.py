@@ -13,11 +13,12 @@ import difflib
 import functools
 import inspect
 import os
+import signal
 import socket
 import types
 import typing
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from configparser import RawConfigParser
 from ssl import PROTOCOL_TLS_CLIENT, SSLContext
 from typing import IO, Any, Literal, TypeAlias, TypedDict
@@ -60,6 +61,7 @@ class Options(TypedDict, total=False):
     shutdown_timeout: float | None
     drain_delay: float
     disconnect_after: float | None
+    stop_on_signals: bool | Collection[int]
     factory: bool
 
     # uvicorn's, as `uvicorn.Config` describes them; a test holds them to its signature.
@@ -98,9 +100,9 @@ class Options(TypedDict, total=False):
     ws_ping_timeout: float | None
 
 
-_WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd")
+WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd")
 _UDS_MODE = 0o600
-_OURS = (*_WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after")
+_OURS = (*WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "stop_on_signals")
 
 # Of what uvicorn.Config can say, this makes no sense in somebody else's loop.
 REFUSED = {
@@ -143,6 +145,7 @@ class Settings:
     shutdown_timeout: float | None
     drain_delay: float
     disconnect_after: float | None
+    stop_on_signals: tuple[int, ...]
 
 
 def parse(app: App, options: Mapping[str, Any]) -> Settings:
@@ -156,6 +159,13 @@ def parse(app: App, options: Mapping[str, Any]) -> Settings:
     for name in options:
         _check_name(name)
     return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Check the names of the options, and the values that can be judged one by one."""
+    for name in options:
+        _check_name(name)
+    _check_values(options)
 
 
 def check_timeout(name: str, value: object) -> float | None:
@@ -182,6 +192,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     ssl = _check_ssl(options)
     _check_values(options)
     timeouts = _timeouts(options)
+    signals = _check_signals(options.get("stop_on_signals", False))
 
     # uvicorn's access_log=False takes the handlers from its logger, for every server of the process. Ours is told
     # connection by connection; so uvicorn is not told at all. Likewise, only what is asked for touches logging.
@@ -194,12 +205,14 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
         notify_systemd=_notify_systemd(options.get("systemd")),
         ssl=ssl,
         access_log=access_log,
+        stop_on_signals=signals,
         **timeouts,
     )
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
-    again = [name for name in options if name not in _TIMEOUTS and not (name == "uds_mode" and config.uds is not None)]
+    allowed = {*_TIMEOUTS, "stop_on_signals"}
+    again = [name for name in options if name not in allowed and not (name == "uds_mode" and config.uds is not None)]
     if again:
         raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; set it there")
     timeouts = _timeouts(options)
@@ -229,6 +242,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         notify_systemd=(),
         ssl=None,
         access_log=config.access_log,
+        stop_on_signals=_check_signals(options.get("stop_on_signals", False)),
         **timeouts,
     )
 
@@ -406,6 +420,30 @@ def _check_ssl(options: Mapping[str, Any]) -> SSLContext | None:
         if name.startswith("ssl_"):
             raise TypeError(f"ssl and {name} are in conflict: a ready context has all in it; give one of them")
     return context
+
+
+# What no program can handle; and what a fault of its own would raise again and again, since Python's handlers only run
+# once the instruction at fault is over.
+_NOT_TO_HANDLE = {
+    getattr(signal, name)
+    for name in ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
+    if hasattr(signal, name)
+}
+
+
+def _check_signals(signals: object) -> tuple[int, ...]:
+    if isinstance(signals, bool):
+        return (signal.SIGINT, signal.SIGTERM) if signals else ()
+    if not isinstance(signals, Collection) or isinstance(signals, (str, bytes, bytearray, Mapping)):
+        raise TypeError(f"stop_on_signals must be True, False, or a sequence of signals, not {signals!r}")
+    for each in signals:
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(f"stop_on_signals takes signals, like signal.SIGTERM, and not {each!r}")
+        if each not in signal.valid_signals():
+            raise ValueError(f"stop_on_signals: there is no signal {each!r}")
+        if each in _NOT_TO_HANDLE:
+            raise ValueError(f"stop_on_signals: {signal.Signals(each).name} is not for a program to handle")
+    return tuple(dict.fromkeys(signals))
 
 
 def _check_values(options: Mapping[str, Any]) -> None:

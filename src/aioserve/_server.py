@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import anyio
 
@@ -14,6 +14,7 @@ from aioserve._options import check_timeout
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
@@ -36,26 +37,32 @@ class Stats(NamedTuple):
     """HTTP responses completed since the start."""
 
 
-class Server:
+class Runs(Protocol):
+    """What a server is to those who hold it: when it begins and ends, and how to ask for that."""
+
+    ready: asyncio.Future[None]
+    """Done when it has started, or failed to."""
+    started: bool
+    urls: list[str]
+    closed: asyncio.Event
+    error: BaseException | None
+    on_crash: Callable[[], None] | None
+
+    def close(self, deadline: float | None = None) -> None: ...
+
+    def is_ours(self, task: asyncio.Task[Any] | None) -> bool: ...
+
+
+class Closable:
     """
-    A running server: where it listens, how it fares, and how to end it.
-
-    You get one from `serving()`, `start()` or `serve()`. It is an async context manager too, which closes it at the end
-    of the block: ``async with await start(app) as server``. The app's handlers find it as ``request.state.aioserve``
-    (``scope["state"]["aioserve"]``).
-
-    All but `close()` is for the event loop in which it was started.
+    How a running server is ended, and waited for.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
-        self._host = engine.listeners[0].host
-        self._port = engine.listeners[0].port
-        engine.lifespan.state["aioserve"] = self
-        self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
-        self._task.add_done_callback(engine.ended)
-        self._awaited = False  # whoever awaits its end hears how it went, and a test need not hear of it again
+    _engine: Runs
+    _loop: asyncio.AbstractEventLoop
+    _host: str | None
+    _port: int | None
+    _awaited: bool = False  # whoever awaits its end hears how it went, and a test need not hear of it again
 
     @property
     def url(self) -> str:
@@ -82,49 +89,6 @@ class Server:
     def port(self) -> int | None:
         """The port, the same on every address; the real one, where 0 was asked for; `None` of a Unix socket."""
         return self._port
-
-    @property
-    def sockets(self) -> tuple[socket.socket, ...]:
-        """The listening sockets; none once it has stopped accepting. Look at them, but do not close them."""
-        return self._engine.acceptor.sockets if self.is_serving() else ()
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The ASGI lifespan state: what the app's lifespan has put there for its handlers."""
-        return self._engine.lifespan.state
-
-    @property
-    def stats(self) -> Stats:
-        """What it is doing and has done."""
-        state = self._engine.server_state
-        return Stats(connections=len(state.connections), in_flight=len(state.tasks), served=state.total_requests)
-
-    @property
-    def report(self) -> Report | None:
-        """How it was closed, and what had to be forced; `None` before that."""
-        return self._engine.report
-
-    @property
-    def stopping(self) -> anyio.Event:
-        """
-        Set the moment a stop is asked for, by whomever.
-
-        A long stream can await it to end in time; a readiness check answers 503 from then on.
-        """
-        return self._engine.stopping
-
-    @property
-    def uvicorn(self) -> uvicorn.Server:
-        """
-        The `uvicorn.Server` underneath, for code that knows it.
-
-        Setting its `should_exit` closes this server; `force_exit` forces it.
-        """
-        return self._engine
-
-    def is_serving(self) -> bool:
-        """Whether it accepts new connections."""
-        return self._engine.acceptor.is_serving()
 
     def close(self, timeout: float | None = None) -> None:
         """
@@ -246,6 +210,72 @@ class Server:
             raise RuntimeError(
                 f"{called} in a request or the lifespan of this server would wait for itself; use close()"
             )
+
+
+class Server(Closable):
+    """
+    A running server: where it listens, how it fares, and how to end it.
+
+    You get one from `serving()`, `start()` or `serve()`. It is an async context manager too, which closes it at the end
+    of the block: ``async with await start(app) as server``. The app's handlers find it as ``request.state.aioserve``
+    (``scope["state"]["aioserve"]``).
+
+    All but `close()` is for the event loop in which it was started.
+    """
+
+    _engine: Engine
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._host = engine.listeners[0].host
+        self._port = engine.listeners[0].port
+        engine.lifespan.state["aioserve"] = self
+        self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
+        self._task.add_done_callback(engine.ended)
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """The listening sockets; none once it has stopped accepting. Look at them, but do not close them."""
+        return self._engine.acceptor.sockets if self.is_serving() else ()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The ASGI lifespan state: what the app's lifespan has put there for its handlers."""
+        return self._engine.lifespan.state
+
+    @property
+    def stats(self) -> Stats:
+        """What it is doing and has done."""
+        state = self._engine.server_state
+        return Stats(connections=len(state.connections), in_flight=len(state.tasks), served=state.total_requests)
+
+    @property
+    def report(self) -> Report | None:
+        """How it was closed, and what had to be forced; `None` before that."""
+        return self._engine.report
+
+    @property
+    def stopping(self) -> anyio.Event:
+        """
+        Set the moment a stop is asked for, by whomever.
+
+        A long stream can await it to end in time; a readiness check answers 503 from then on.
+        """
+        return self._engine.stopping
+
+    @property
+    def uvicorn(self) -> uvicorn.Server:
+        """
+        The `uvicorn.Server` underneath, for code that knows it.
+
+        Setting its `should_exit` closes this server; `force_exit` forces it.
+        """
+        return self._engine
+
+    def is_serving(self) -> bool:
+        """Whether it accepts new connections."""
+        return self._engine.acceptor.is_serving()
 
     def __repr__(self) -> str:
         if self._engine.closed.is_set():

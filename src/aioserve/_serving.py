@@ -13,31 +13,40 @@ The exit contract, which is what the rest of this package is for:
 6. A cancellation from outside: the body unwinds first, while its server still answers; then the server stops within
    its budget, which the cancellation cannot cut short; then the cancellation goes on, neither swallowed nor counted
    twice. A second native one (`Task.cancel()`) forces: no grace, but everything is still awaited.
-7. (Signals are left to the program.)
+7. A stop signal, where `stop_on_signals` asks for it: the body is cancelled, and the block ends normally; `serve()`
+   returns; a server from `start()` closes. All servers that asked for it end. A second signal forces, and cancels what
+   is left of the body once more. Before the body has begun, the start is given up: rule 1, but `serve()` returns.
+   Handlers are put back as they were. By default, no signal is touched.
 8. Afterwards, always: no task, timer, socket or handler of ours is left, and the port can be bound again at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aioserve._engine import Engine
+from aioserve._engine import Engine, load
+from aioserve._errors import StartupInterruptedError
 from aioserve._options import parse
-from aioserve._server import Server
+from aioserve._server import Closable, Server
+from aioserve._signals import Interrupted, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
     from anyio.abc import TaskStatus
 
-    from aioserve._options import App, Options
+    from aioserve._options import App, Options, Settings
+    from aioserve._sockets import Listener
+
+logger = logging.getLogger("aioserve")
 
 
 @asynccontextmanager
@@ -87,6 +96,9 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         disconnect_after: How long after that a handler that waits in `receive()` is told ``http.disconnect``, in
             seconds. The default, `None`, is not before the `shutdown_timeout`. Starlette's streaming responses listen,
             also those that would end by themselves: 0 cuts downloads short.
+        stop_on_signals: `True` (SIGINT and SIGTERM), or the signals that end the block: its body is cancelled, and the
+            block ends normally. A second one forces. Only in the main thread, and only where the loop does not handle
+            the signal already. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
@@ -100,14 +112,21 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
             message says which.
         StartupError: The app could not be imported or started; `__cause__` is the app's own exception.
         StartupTimeoutError: Its startup took too long.
+        StartupInterruptedError: A signal came before it had started.
         ServerCrashedError: The app's lifespan died while the body ran.
         ShutdownError: The app's lifespan failed at its shutdown.
         TypeError: An option is unknown, refused, of the wrong type, or in conflict with another.
         ValueError: An option is out of range.
-        RuntimeError: There is no running asyncio event loop.
+        RuntimeError: There is no running asyncio event loop, or a signal cannot be handled here.
     """
-    async with await start(app, **options) as server, _Body(server):
-        yield server
+    check_backend()
+    settings = parse(app, options)
+    signals = Signals(settings.stop_on_signals)
+    try:
+        async with await start_as(settings, signals) as server, Body(server, signals):
+            yield server
+    finally:
+        signals.release()
 
 
 async def start(app: App, **options: Unpack[Options]) -> Server:
@@ -116,7 +135,7 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
 
     This is for where a block does not fit: hooks for startup and shutdown, fixtures, notebook cells. Start and stop may
     happen in different tasks, and nobody is ever cancelled: should the app's lifespan die, that is logged, and
-    `Server.wait_closed()` and `Server.aclose()` raise it.
+    `Server.wait_closed()` and `Server.aclose()` raise it. A signal that `stop_on_signals` asks for closes the server.
 
     End it with ``await server.aclose()``. Where a block does fit: ``async with await start(app) as server``.
 
@@ -127,16 +146,20 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     Raises:
         OSError, StartupError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    _check_backend()
+    check_backend()
     settings = parse(app, options)
-    listeners = await settings.where.listen(settings.config.backlog)
+    signals = Signals(settings.stop_on_signals)
     try:
-        server = Server(Engine(settings, listeners))
+        server = await start_as(settings, signals)
+        if signals.first is not None:
+            async with server:
+                raise interrupted(signals)
     except BaseException:
-        for listener in listeners:
-            listener.close()
+        signals.release()
         raise
-    await server._wait_started()
+    if server._engine.closed.is_set():
+        signals.release()
+    server._engine.on_closed = signals.release
     return server
 
 
@@ -150,7 +173,8 @@ async def serve(
 
         server = await task_group.start(partial(serve, app, port=8000))
 
-    It can also be a task of an `asyncio.TaskGroup`, or a program: ``asyncio.run(serve(app, port=8000))``.
+    It can also be a task of an `asyncio.TaskGroup`, or a program:
+    ``asyncio.run(serve(app, port=8000, stop_on_signals=True))``.
 
     Args:
         app: As in `serving()`.
@@ -159,62 +183,146 @@ async def serve(
 
     Raises:
         ServerCrashedError: The app's lifespan died.
+        StartupInterruptedError: A signal came before it had started, and a task group waits for the server. (With
+            nobody waiting, it returns.)
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    async with serving(app, **options) as server:
-        task_status.started(server)
-        await server.wait_closed()
+    check_backend()
+    settings = parse(app, options)
+    signals = Signals(settings.stop_on_signals)
+    try:
+        async with await start_as(settings, signals) as server, Body(server, signals):
+            task_status.started(server)
+            await server.wait_closed()
+    except StartupInterruptedError:
+        if signals.first is None or task_status is not anyio.TASK_STATUS_IGNORED:
+            raise
+    finally:
+        signals.release()
 
 
-class _Body:
+async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Listener] | None = None) -> Server:
     """
-    The body of a block, which a crash of its server cancels.
+    Start as the settings say, unless a signal comes; on what listens already, if it is given.
+    """
+    if listeners is None:
+        listeners = await listen(settings, signals)
+    try:
+        with signals.interrupting():
+            load(settings.config)
+        server = Server(Engine(settings, listeners))
+    except BaseException as exc:
+        for listener in listeners:
+            listener.close()
+        if isinstance(exc, Interrupted):
+            raise interrupted(signals) from None
+        raise
+    signals.then(lambda: stop(server, signals))
+    try:
+        await server._wait_started()
+    except StartupInterruptedError:
+        if signals.first is not None:
+            raise interrupted(signals) from None
+        raise
+    return server
 
-    The cancel is taken back where the body ends; so to the world around, the crash is an exception and never was a
-    cancellation.
+
+async def listen(settings: Settings, signals: Signals) -> list[Listener]:
+    """Listen where the settings say, unless a signal comes."""
+    async with Interruptible() as listening:
+        signals.then(listening.interrupt)
+        return await settings.where.listen(settings.config.backlog)
+    raise interrupted(signals)
+
+
+def stop(server: Closable, signals: Signals) -> None:
+    """Do as a signal says, while there is no body that could."""
+    logger.info("%s: stopping %s", signals.first, server.url)
+    server.close(timeout=0 if signals.count > 1 or not server._engine.started else None)
+
+
+def interrupted(signals: Signals) -> StartupInterruptedError:
+    return StartupInterruptedError(f"{signals.first} stopped the server before it had started")
+
+
+class Interruptible:
+    """
+    A stretch of the current task that can be cancelled, for a reason of ours.
+
+    The cancel is taken back where the stretch ends; so to the world around, it never was one.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._engine = server._engine
-        self._crashed = False
+    def __init__(self) -> None:
+        self._interrupts = 0
 
     async def __aenter__(self) -> Self:
-        if self._engine.error is not None:
-            raise self._engine.error  # it died between its start and now
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         # Cancellations that came before us are none of our business.
         self._before = task.cancelling()
-        self._engine.on_crash = self._cancel
         return self
 
-    def _cancel(self) -> None:
-        # This runs in the server's task, so the body is waiting for something, and meets the cancellation there. It
-        # cannot end without meeting it, and so leave it to whatever comes after us.
-        self._crashed = True
+    def interrupt(self) -> None:
+        # This is for another task, or the loop, to call; so the stretch is waiting for something, and meets the
+        # cancellation there. It cannot end without meeting it, and so leave it to whatever comes after us.
+        self._interrupts += 1
         self._task.cancel()
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool:
-        self._engine.on_crash = None
-        if not self._crashed:
+        if not self._interrupts:
             return False
 
-        others = self._task.uncancel() > self._before
+        for _ in range(self._interrupts):
+            left = self._task.uncancel()
+        others = left > self._before
         if not isinstance(exc, asyncio.CancelledError):
             return False
-        if not others:
-            return True  # ours alone: the server, which closes next, raises ServerCrashedError in its place
-
-        # Two cancellations have come as one. If the other is an anyio scope's, the scope would not know this one for
-        # its own, and would let it pass; here it can put in its own.
+        # If an anyio scope is cancelled as well, the two have come as one. The scope would not know ours for its own,
+        # and would let it pass; here it can put in its own.
         await checkpoint_if_cancelled()
-        return False
+        return not others  # ours alone: what comes next says why
 
 
-def _check_backend() -> None:
+class Body(Interruptible):
+    """
+    The body of a block, which a crash of its server cancels, and so does a signal.
+    """
+
+    def __init__(self, server: Closable, signals: Signals) -> None:
+        super().__init__()
+        self._server = server
+        self._engine = server._engine
+        self._signals = signals
+
+    async def __aenter__(self) -> Self:
+        # Something may have happened between the start and now.
+        if self._engine.error is not None:
+            raise self._engine.error
+        if self._signals.first is not None:
+            raise interrupted(self._signals)
+        await super().__aenter__()
+        self._engine.on_crash = self.interrupt
+        self._signals.then(self._signalled)
+        return self
+
+    def _signalled(self) -> None:
+        logger.info("%s: ending the block of %s", self._signals.first, self._server.url)
+        if self._signals.count > 1:
+            self._server.close(timeout=0)
+        self.interrupt()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool:
+        self._engine.on_crash = None
+        self._signals.then(lambda: stop(self._server, self._signals))
+        return await super().__aexit__(exc_type, exc, tb)
+
+
+def check_backend() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -80,6 +80,11 @@ class Report(NamedTuple):
 _ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
 
 
+def longest(drain_delay: float, shutdown_timeout: float, grace: float) -> float:
+    """Return how long a stop can take, in seconds, where the app does not block the loop."""
+    return drain_delay + shutdown_timeout + CANCELLED_HANDLERS + max(shutdown_timeout, grace) + grace
+
+
 async def shut_down(engine: Engine) -> None:
     loop = asyncio.get_running_loop()
     waiting = engine.waiting

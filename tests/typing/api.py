@@ -4,6 +4,7 @@ How users' code is type-checked: this is not run, but has to pass mypy as it sta
 
 from __future__ import annotations
 
+import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -17,7 +18,19 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 
-from aioserve import App, Options, Server, Stats, serve, serving, start, testing
+from aioserve import (
+    App,
+    Options,
+    Report,
+    Server,
+    ServerProcess,
+    Stats,
+    serve,
+    serving,
+    serving_process,
+    start,
+    testing,
+)
 
 
 async def plain_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -28,6 +41,8 @@ async def doors() -> None:
     """Take every kind of app, through every door."""
     async with serving(FastAPI(), host=["127.0.0.1", "::1"], port=0, shutdown_timeout=None) as server:
         assert_type(server, Server)
+    async with serving(FastAPI(), stop_on_signals=[signal.SIGTERM]):
+        pass
     async with await start(Starlette(), lifespan="on", startup_timeout=1) as started:
         assert_type(started, Server)
     await serve(plain_app, access_log=False)
@@ -54,6 +69,19 @@ async def members(server: Server) -> None:
     server.close(timeout=1.5)
     await server.wait_closed()
     await server.aclose()
+
+
+async def process() -> None:
+    """Have it in a child."""
+    async with serving_process("package.module:app", port=8000, stop_on_signals=True) as server:
+        assert_type(server, ServerProcess)
+        assert_type(server.url, str)
+        assert_type(server.port, int | None)
+        assert_type(server.pid, int)
+        assert_type(server.returncode, int | None)
+        assert_type(server.report, Report | None)
+        server.close(timeout=1)
+        await server.wait_closed()
 
 
 @asynccontextmanager
@@ -97,5 +125,9 @@ async def mistakes() -> None:
     async with serving(FastAPI(), lifespan="of"):  # type: ignore[arg-type]
         pass
     async with serving(FastAPI(), workers=2):  # type: ignore[call-arg]
+        pass
+    async with serving(FastAPI(), stop_on_signals="SIGTERM"):  # type: ignore[arg-type]
+        pass
+    async with serving_process(FastAPI()):  # type: ignore[arg-type]
         pass
     await start(None)  # type: ignore[arg-type]
