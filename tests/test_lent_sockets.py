@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,12 +189,31 @@ def connected() -> socket.socket:
         return socket.create_connection(server.getsockname())
 
 
+def closed() -> socket.socket:
+    sock = socket.socket()
+    sock.close()
+    return sock
+
+
+def with_tls() -> socket.socket:
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).wrap_socket(tcp4(), server_side=True)
+
+
 UNFIT = [
     (unbound_tcp, ValueError, "is not bound; bind it first"),
     (unbound_unix, ValueError, "is not bound; bind it first"),
     (datagrams, ValueError, "only TCP sockets and Unix stream sockets can be served"),
-    (connected, OSError, "cannot listen on .*: Invalid argument"),
+    (connected, OSError, "cannot listen on .*: Invalid argument; is it a connection"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"), [(closed, ValueError, "is closed"), (with_tls, TypeError, "as ssl")]
+)
+async def test_an_object_that_cannot_be_lent_is_told(kind: Kind, error: type[Exception], text: str) -> None:
+    """What duplicating it would say is less clear."""
+    with kind() as sock, pytest.raises(error, match=text):
+        await start(App(), sockets=[sock])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -306,6 +326,19 @@ async def test_an_address_that_needs_a_scope_says_so() -> None:
         pytest.skip("no network interface here has a link-local address")
     with pytest.raises(OSError, match=r"Invalid argument; .* needs its interface, as in fe80::1%eth0"):
         await start(App(), host=address.partition("%")[0])
+
+
+async def test_a_host_that_covers_another_is_told() -> None:
+    """No port at all is free on both then."""
+    with pytest.raises(OSError, match="Address already in use; no port is free on all .* does one of them cover"):
+        await start(App(), host=["0.0.0.0", "127.0.0.1"])  # noqa: S104
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "localhost."])
+async def test_localhost_is_known_in_every_spelling(name: str) -> None:
+    """Names know no case, and can end in a dot."""
+    async with serving(App(), host=name) as server:
+        assert [sock.family for sock in server.sockets] == [socket.AF_INET, socket.AF_INET6]
 
 
 async def test_of_two_hosts_that_fail_together_none_is_served() -> None:

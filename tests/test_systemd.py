@@ -63,7 +63,7 @@ async def test_one_can_be_had_by_its_name(handed_down: list[socket.socket]) -> N
 
 async def test_a_name_that_is_not_there_is_told(handed_down: list[socket.socket]) -> None:
     """With where to look."""
-    with pytest.raises(FileNotFoundError, match="no socket of the name 'wbe' to this process"):
+    with pytest.raises(FileNotFoundError, match=r"no socket of the name 'wbe' \(but 'web', 'admin'\) to this process"):
         await start(App(), systemd="wbe")
 
 
@@ -96,12 +96,22 @@ async def test_what_is_for_another_process_is_left_alone(
         await start(App(), systemd=True)
 
 
+@pytest.mark.parametrize("number", ["two", "-1", "1.5", "", "9" * 5000])
 async def test_a_number_that_is_none_is_no_socket(
-    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+    number: str, handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody has set it by hand."""
-    monkeypatch.setenv("LISTEN_FDS", "two")
+    monkeypatch.setenv("LISTEN_FDS", number)
     with pytest.raises(FileNotFoundError):
+        await start(App(), systemd=True)
+
+
+async def test_a_number_that_is_too_high_is_told_at_the_first_that_is_not_there(
+    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is not looked at."""
+    monkeypatch.setenv("LISTEN_FDS", "99999999")
+    with pytest.raises(OSError, match="cannot listen on descriptor 502: Bad file descriptor"):
         await start(App(), systemd=True)
 
 
@@ -164,6 +174,6 @@ async def test_a_manager_that_is_gone_is_no_failure(
     async with serving(App(), systemd=True, port=0) as server:
         assert (await get(server)).text == "hello"
     assert [record.getMessage() for record in caplog.records if record.name == "aioserve"] == [
-        "cannot tell systemd READY=1: No such file or directory",
-        "cannot tell systemd STOPPING=1: No such file or directory",
+        f"cannot tell systemd READY=1 at {tmp_path}/gone: No such file or directory",
+        f"cannot tell systemd STOPPING=1 at {tmp_path}/gone: No such file or directory",
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -232,14 +234,35 @@ async def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 STARTER = """
-import asyncio, sys
+import asyncio, os, socket, sys
 from aioserve import serving
 from tests.apps import App
 
+async def is_ours(server, path):
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"GET / HTTP/1.1\\r\\nhost: test\\r\\nconnection: close\\r\\n\\r\\n")
+    answer = await reader.read()
+    writer.close()
+    return answer.endswith(b"hello") and server.stats.served == 1
+
+async def churn(path, rounds):
+    served = amiss = 0
+    for _ in range(rounds):
+        try:
+            async with serving(App(), uds=path) as server:
+                served += 1
+                amiss += not await is_ours(server, path)
+        except OSError as exc:
+            amiss += "another server" not in str(exc)
+    print(served, "of", rounds, "and none amiss" if not amiss else f"and {amiss} amiss", sep=" ", flush=True)
+
 async def main():
-    path = sys.argv[1]
+    path, rounds = sys.argv[1], int(sys.argv[2])
     print("ready", flush=True)
     sys.stdin.readline()
+    if rounds:
+        await churn(path, rounds)
+        return
     try:
         async with serving(App(), uds=path):
             print("serving", flush=True)
@@ -251,10 +274,10 @@ asyncio.run(main())
 """
 
 
-def starters(path: str, count: int) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+def starters(path: str, count: int, rounds: int = 0) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
     @contextlib.contextmanager
     def run() -> Iterator[list[subprocess.Popen[str]]]:
-        command = [sys.executable, *WARNINGS_ARE_ERRORS, "-c", STARTER, path]
+        command = [sys.executable, *WARNINGS_ARE_ERRORS, "-c", STARTER, path, str(rounds)]
         with contextlib.ExitStack() as stack:
             programs = [
                 stack.enter_context(
@@ -313,37 +336,134 @@ async def serve_once(path: str) -> None:
         assert await answers(path)
 
 
-@pytest.mark.parametrize("other", ["replaces it", "has bound in its place", "listens now"])
-async def test_a_stale_socket_that_another_has_just_taken_is_the_others(
-    other: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("listens", [True, False])
+async def test_what_has_come_while_it_was_looked_at_stays(
+    listens: bool, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is put back, alive, and the start fails."""
+    """The socket of a server that is none of ours, and so knows nothing of the lock."""
+    make_stale(path)
+    is_alive = _unix._is_alive
     with contextlib.ExitStack() as stack:
-        looked_stale = stack.enter_context(socket.socket(socket.AF_UNIX))
-        looked_stale.bind(path)
-        rename = os.rename
-
-        def late(source: str, target: str) -> None:
-            monkeypatch.setattr(os, "rename", rename)
-            match other:
-                case "replaces it":
-                    os.unlink(path)
-                    alive(path, stack)
-                case "has bound in its place":
-                    os.unlink(path)
-                    make_stale(path)  # it will listen in a moment
-                    os.utime(path, (0, 0))
-                case "listens now":
-                    looked_stale.listen()
-            others.append(identity(path))
-            rename(source, target)
-
         others: list[tuple[int, int]] = []
-        monkeypatch.setattr(os, "rename", late)
-        with pytest.raises(OSError, match="another server has just begun to listen there"):
+
+        def too_early(at: str) -> bool:
+            found = is_alive(at)
+            os.unlink(path)
+            if listens:
+                alive(path, stack)
+            else:
+                make_stale(path)
+                os.utime(path, (0, 0))
+            others.append(identity(path))
+            return found
+
+        monkeypatch.setattr(_unix, "_is_alive", too_early)
+        with pytest.raises(OSError, match="another server was quicker to take its place"):
             await start(App(), uds=path)
-        assert os.listdir(tmp_path) == ["app.sock"]
         assert [identity(path)] == others
+
+
+def test_many_that_start_and_stop_never_take_each_others_place(path: str) -> None:
+    """Each that serves is the one that answers at the path; the others are told so."""
+    with starters(path, 4, rounds=100) as programs:
+        for program in programs:
+            tell(program)
+        words = [said(program) for program in programs]
+    assert all(word.endswith(" of 100 and none amiss") for word in words), words
+    assert any(not word.startswith("0 ") for word in words)
+
+
+async def test_whoever_takes_a_place_waits_for_whoever_does(path: str, tmp_path: Path) -> None:
+    """The lock is on the directory."""
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    starting = asyncio.create_task(start(App(), uds=path))
+    await turns(10)
+    assert not starting.done()
+    assert not os.path.lexists(path)
+    os.close(directory)
+    async with await starting:
+        assert await answers(path)
+
+
+async def test_a_lock_that_is_never_free_is_told(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody holds it for reasons of his own."""
+    monkeypatch.setattr(_unix, "_LOCKED_AT_MOST", 0.01)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=f"cannot listen on {path}: another program holds a lock on its directory"):
+            await start(App(), uds=path)
+    finally:
+        os.close(directory)
+
+
+async def test_where_there_are_no_locks_it_does_without(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some file systems."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    await serve_once(path)
+
+
+async def test_a_directory_that_we_may_only_write_in_will_do() -> None:
+    """It cannot be locked then."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else for a moment")
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o733)  # noqa: S103
+        with unprivileged():
+            await serve_once(f"{directory}/app.sock")
+        assert os.listdir(directory) == []
+
+
+@pytest.mark.parametrize("name", ["with a space", "100%?#", "caf\xe9", "\udcff", "s" * 50])
+async def test_a_name_can_be_any(name: str, tmp_path: Path) -> None:
+    """In the URL all of it is percent-encoded, byte by byte; also what is no UTF-8."""
+    path = str(tmp_path / name)
+    async with serving(App(), uds=path) as server:
+        assert urllib.parse.unquote_to_bytes(server.url.removeprefix("http+unix://")) == os.fsencode(path)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_behind_a_link_the_parent_is_the_targets(tmp_path: Path) -> None:
+    """So a path is taken as the kernel takes it."""
+    (tmp_path / "real" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "below")
+    path = str(tmp_path / "link" / ".." / "app.sock")
+    async with serving(App(), uds=path) as server:
+        assert server.url.endswith("link%2F..%2Fapp.sock")
+        assert await answers(str(tmp_path / "real" / "app.sock"))
+    assert os.listdir(tmp_path / "real") == ["below"]
+
+
+async def test_a_short_name_in_a_long_path_can_be_stale(tmp_path: Path) -> None:
+    """Nothing longer is needed on the way."""
+    directory = tmp_path / ("d" * (104 - len(str(tmp_path))))
+    directory.mkdir()
+    path = str(directory / "s")
+    assert len(path) == 106
+    make_stale(path)
+    await serve_once(path)
+    assert os.listdir(directory) == []
+
+
+async def test_a_fork_leaves_the_file_to_its_parent(path: str) -> None:
+    """It has a copy of everything, but nothing of it is its own."""
+    server = await start(App(), uds=path)
+    (listener,) = server._engine.listeners
+    child = os.fork()
+    if child == 0:
+        listener.withdraw()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert await answers(path)
+    await server.aclose()
+    assert not os.path.lexists(path)
 
 
 async def test_one_that_vanishes_while_it_is_looked_at_is_not_in_the_way(
@@ -373,7 +493,7 @@ async def test_a_place_that_is_taken_before_anybody_could_come_is_given_up(
         os.utime(path, (0, 0))
 
     monkeypatch.setattr(socket.socket, "listen", replaced, raising=False)
-    with pytest.raises(OSError, match="another server has just taken its place"):
+    with pytest.raises(OSError, match="something else has just taken its place"):
         await start(App(), uds=path)
     assert os.listdir(tmp_path) == ["app.sock"]
 

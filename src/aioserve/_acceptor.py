@@ -96,7 +96,7 @@ class Acceptor:
             task.cancel()
 
     def _accept(self, sock: socket.socket) -> None:
-        for _ in range(self._backlog):
+        for _ in range(self._backlog + 1):  # Linux queues one more
             try:
                 connection, _address = sock.accept()
             except (BlockingIOError, InterruptedError):
@@ -106,6 +106,8 @@ class Acceptor:
                     continue
                 if self._serving:
                     self._pause(sock, exc)
+                else:
+                    logger.error("cannot accept: %s; what waits in the queue is lost", exc.strerror)
                 return
             connection.setblocking(False)
             if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):

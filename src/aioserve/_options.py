@@ -54,7 +54,7 @@ class Options(TypedDict, total=False):
     uds_mode: int
     fd: int | None
     sockets: Sequence[socket.socket] | None
-    systemd: bool | str
+    systemd: bool | str | None
     ssl: SSLContext | None
     lifespan: Literal["auto", "on", "off"]
     startup_timeout: float | None
@@ -214,7 +214,8 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     allowed = {*_TIMEOUTS, "stop_on_signals"}
     again = [name for name in options if name not in allowed and not (name == "uds_mode" and config.uds is not None)]
     if again:
-        raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; set it there")
+        instead = "set it there" if again[0] in _config_parameters() else "give the app in its place"
+        raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; {instead}")
     timeouts = _timeouts(options)
     if config.timeout_graceful_shutdown is not None:
         if "shutdown_timeout" in options:
@@ -346,7 +347,7 @@ def _where(options: Mapping[str, Any]) -> Where:
         where = Tcp(host, port, reuse_port="reuse_port" in tcp)
 
     systemd = options.get("systemd", False)
-    if systemd is False:
+    if systemd is False or systemd is None:
         return where
     if systemd is not True and not isinstance(systemd, str):
         raise TypeError(f"systemd must be True, False or the name of a socket, not {systemd!r}")

@@ -12,7 +12,8 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
+import ssl
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ _HINTS = {
     errno.EADDRINUSE: "port=0 takes a free one",
     errno.EACCES: "a port below 1024 needs a privilege",
     errno.EADDRNOTAVAIL: "it is not an address of this machine",
-    errno.EINVAL: "an address that is good on one link only needs its interface, as in fe80::1%eth0",
 }
 
 
@@ -52,29 +52,28 @@ class Listener:
         self.socket = sock
         self.lent = lent
         self._place = place
+        self._name: Any = sock.getsockname()
+        if isinstance(self._name, str):  # a path, which a program that goes elsewhere could no longer find
+            self._name = os.path.join(os.getcwd(), self._name)
 
     @property
     def host(self) -> str | None:
         """The address that it is bound to, with its scope, if any; none of a Unix socket."""
-        if self.socket.family == socket.AF_UNIX:
+        if not isinstance(self._name, tuple):
             return None
-        host, _port, *rest = self.socket.getsockname()
+        host, _port, *rest = self._name
         return f"{host}%{_link(rest[1])}" if rest and rest[1] else str(host)
 
     @property
     def port(self) -> int | None:
-        return None if self.socket.family == socket.AF_UNIX else int(self.socket.getsockname()[1])
+        return int(self._name[1]) if isinstance(self._name, tuple) else None
 
     def url(self, scheme: str) -> str:
         """Where a client on this machine reaches it: a wildcard becomes loopback, IPv6 stands in brackets."""
-        if self.socket.family == socket.AF_UNIX:
-            path: str | bytes = self.socket.getsockname()
-            if path[:1] not in ("\0", b"\0"):  # those are names, not paths
-                path = os.path.abspath(path)
-            return f"{scheme}+unix://{quote(path, safe='')}"
-        host = str(self.host)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
-        if self.socket.family == socket.AF_INET6:
+        if self.host is None:
+            return f"{scheme}+unix://{quote(os.fsencode(self._name), safe='')}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 (compared, not bound)
+        if ":" in host:
             host = f"[{quote(host, safe=':')}]"  # the % of a scope is written %25: RFC 6874
         return f"{scheme}://{host}:{self.port}"
 
@@ -132,8 +131,11 @@ class Tcp:
                 last = exc
                 if exc.errno != errno.EADDRINUSE:
                     break
-        if last.errno in _HINTS and not (last.errno == errno.EADDRINUSE and self.port == 0):
-            last = OSError(last.errno, f"{last.strerror}; {_HINTS[last.errno]}")
+        hint = _HINTS.get(last.errno or 0)
+        if last.errno == errno.EADDRINUSE and self.port == 0:
+            hint = "no port is free on all of the addresses; does one of them cover another?" if unique[1:] else None
+        if hint is not None:
+            last = OSError(last.errno, f"{last.strerror}; {hint}")
         raise last from None  # the system's own error says the same in fewer words
 
 
@@ -145,7 +147,7 @@ class Unix:
     mode: int
 
     async def listen(self, backlog: int) -> list[Listener]:
-        sock, place = _unix.listen(self.path, self.mode, backlog=backlog)
+        sock, place = await _unix.listen(self.path, self.mode, backlog=backlog)
         return [Listener(sock, place=place)]
 
 
@@ -163,7 +165,7 @@ class Lent:
     async def listen(self, backlog: int) -> list[Listener]:
         for sock in self.sockets:
             sock.setblocking(False)
-        return _borrow([(repr(sock), sock.dup) for sock in self.sockets], backlog)
+        return _borrow(((repr(sock), sock.dup) for sock in self.sockets), backlog)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class Inherited:
     descriptors: Sequence[int]
 
     async def listen(self, backlog: int) -> list[Listener]:
-        return _borrow([(f"descriptor {each}", partial(_duplicate, each)) for each in self.descriptors], backlog)
+        return _borrow(((f"descriptor {each}", partial(_duplicate, each)) for each in self.descriptors), backlog)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,8 @@ class Systemd:
         if self.otherwise is not None:
             return await self.otherwise.listen(backlog)
         named = "" if self.name is None else f" of the name {self.name!r}"
+        if self.name is not None and _systemd.listen_fds():
+            named += f" (but {', '.join(map(repr, _systemd.names()))})"
         raise OSError(
             errno.ENOENT,
             f"systemd has handed down no socket{named} to this process (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES in its "
@@ -213,8 +217,12 @@ def _link(index: int) -> str:
 def check_lent(sock: socket.socket, what: str) -> None:
     """
     Raises:
-        ValueError: The socket is none that can be served.
+        TypeError, ValueError: The socket is none that can be served.
     """
+    if sock.fileno() < 0:
+        raise ValueError(f"{what} is closed")
+    if isinstance(sock, ssl.SSLSocket):
+        raise TypeError(f"{what} has TLS of its own; lend the plain socket, and give its context as ssl")
     if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX) or sock.type != socket.SOCK_STREAM:
         raise ValueError(f"only TCP sockets and Unix stream sockets can be served, not {what}")
     name = sock.getsockname()
@@ -222,7 +230,7 @@ def check_lent(sock: socket.socket, what: str) -> None:
         raise ValueError(f"{what} is not bound; bind it first")
 
 
-def _borrow(lent: Sequence[tuple[str, Callable[[], socket.socket]]], backlog: int) -> list[Listener]:
+def _borrow(lent: Iterable[tuple[str, Callable[[], socket.socket]]], backlog: int) -> list[Listener]:
     listeners = []
     with ExitStack() as undo:
         for what, duplicate in lent:
@@ -233,7 +241,8 @@ def _borrow(lent: Sequence[tuple[str, Callable[[], socket.socket]]], backlog: in
                 sock.setblocking(False)
                 sock.listen(backlog)
             except OSError as exc:
-                raise OSError(exc.errno, f"cannot listen on {what}: {exc.strerror}") from exc
+                hint = "; is it a connection? (Accept=no hands down what listens)" if exc.errno == errno.EINVAL else ""
+                raise OSError(exc.errno, f"cannot listen on {what}: {exc.strerror}{hint}") from exc
             listeners.append(Listener(sock, lent=True))
         undo.pop_all()
     return listeners
@@ -296,7 +305,10 @@ def _listen_on(address: _Address, port: int, backlog: int, *, reuse_port: bool) 
             sock.listen(backlog)
         except OSError as exc:
             bracketed = f"[{where}]" if address.family == socket.AF_INET6 else where
-            raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {exc.strerror}") from exc
+            reason = f"{exc.strerror}"
+            if exc.errno == errno.EINVAL and where[:3].lower() in ("fe8", "fe9", "fea", "feb"):
+                reason += "; an address that is good on one link only needs its interface, as in fe80::1%eth0"
+            raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
         undo.pop_all()
     return sock
 
@@ -304,7 +316,7 @@ def _listen_on(address: _Address, port: int, backlog: int, *, reuse_port: bool) 
 async def _resolve(host: str | None) -> list[_Address]:
     if host is None:
         return [*_literal("0.0.0.0", optional=True), *_literal("::", optional=True)]  # noqa: S104 (asked for)
-    if host == "localhost":  # always loopback, whatever a resolver says: RFC 6761, 6.3
+    if host.lower().removesuffix(".") == "localhost":  # always loopback, whatever a resolver says: RFC 6761, 6.3
         return [*_literal("127.0.0.1", optional=True), *_literal("::1", optional=True)]
     try:
         return _literal(host)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Sequence
 
 logger = logging.getLogger("aioserve")
 
 _FIRST = 3  # SD_LISTEN_FDS_START
 
 
-def listen_fds(name: str | None = None) -> list[int]:
+def listen_fds(name: str | None = None) -> Sequence[int]:
     """
     Return the descriptors that systemd has handed down to this very process, all of them or those of one name.
 
@@ -24,11 +25,15 @@ def listen_fds(name: str | None = None) -> list[int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []  # they are for another process, which has left us its environment
     count = os.environ.get("LISTEN_FDS", "")
-    descriptors = range(_FIRST, _FIRST + (int(count) if count.isdecimal() else 0))
+    descriptors = range(_FIRST, _FIRST + (int(count) if count.isdecimal() and len(count) < 10 else 0))
     if name is None:
-        return list(descriptors)
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    return [descriptor for descriptor, each in zip(descriptors, names, strict=False) if each == name]
+        return descriptors
+    return [descriptor for descriptor, each in zip(descriptors, names(), strict=False) if each == name]
+
+
+def names() -> list[str]:
+    """Return the names of what systemd has handed down, if it has."""
+    return os.environ.get("LISTEN_FDNAMES", "").split(":") if "LISTEN_FDNAMES" in os.environ else []
 
 
 def notify(state: str) -> None:
@@ -43,4 +48,5 @@ def notify(state: str) -> None:
             sock.setblocking(False)
             sock.sendto(state.encode(), address)
     except OSError as exc:
-        logger.warning("cannot tell systemd %s: %s", state, exc.strerror or exc)
+        told = os.environ["NOTIFY_SOCKET"]
+        logger.warning("cannot tell systemd %s at %s: %s", state, told, exc.strerror or exc)

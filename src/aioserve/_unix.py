@@ -2,23 +2,30 @@
 A Unix socket's place in the file system: who may connect, whose it is, and when it goes.
 
 The kernel makes the file when a socket is bound, and leaves it there when the socket is closed. So what stands at a
-path may be alive, or stale, or something else altogether; only what is stale makes way. Somebody may be starting there
-at this very moment, and so whatever is to make way is first looked at under a name that nobody else knows.
+path may be alive, or stale, or something else altogether; only what is stale makes way. A socket that is bound and does
+not listen yet looks stale as well, and so we take the place of nobody while somebody else is taking it: whoever does
+holds a lock on the directory. (It is a lock on its descriptor, which leaves no file behind.)
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
-import secrets
 import socket
 import stat
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import NamedTuple
 
 logger = logging.getLogger("aioserve")
+
+# A lock is held for the blink of an eye; nothing but trying again tells when it is free. Seconds.
+_LOCKED_AGAIN_AFTER = 0.001
+_LOCKED_AT_MOST = 1.0
 
 
 class Place(NamedTuple):
@@ -28,13 +35,17 @@ class Place(NamedTuple):
     device: int
     inode: int
     made_at: int
+    process: int
+    """A fork of the process that made it has nothing to remove."""
 
     @classmethod
     def at(cls, path: str) -> Place:
         found = os.lstat(path)
         if not stat.S_ISSOCK(found.st_mode):
             raise OSError(errno.EADDRINUSE, "what is there is no socket, and is left alone")
-        return cls(os.path.abspath(path), found.st_dev, found.st_ino, found.st_mtime_ns)
+        # Not normalized: behind a link, `..` is not what it looks like.
+        absolute = os.path.join(os.getcwd(), path)
+        return cls(absolute, found.st_dev, found.st_ino, found.st_mtime_ns, os.getpid())
 
     def still_stands(self) -> bool:
         try:
@@ -43,7 +54,7 @@ class Place(NamedTuple):
             return False
 
     def clear(self) -> None:
-        """Remove the file, and nothing that has come in its place."""
+        """Remove the file, and nothing that has come in its place; as long as it is alive, nothing of ours can."""
         if not self.still_stands():
             return
         try:
@@ -52,41 +63,68 @@ class Place(NamedTuple):
             logger.warning("cannot remove the socket %s: %s", self.path, exc.strerror)
 
 
-def listen(path: str, mode: int, *, backlog: int) -> tuple[socket.socket, Place]:
+async def listen(path: str, mode: int, *, backlog: int) -> tuple[socket.socket, Place]:
     """
     Return a listening socket at a path, which nobody can connect to who is not meant to, not for a moment.
 
     Raises:
         OSError: Another server listens there, or something else stands there, or the directory is none of ours.
     """
+    try:
+        async with _locked(os.path.dirname(path) or "."):
+            return _listen(path, mode, backlog)
+    except OSError as exc:
+        raise OSError(exc.errno or errno.ENAMETOOLONG, f"cannot listen on {path}: {exc.strerror or exc}") from exc
+
+
+def _listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, Place]:
     with ExitStack() as undo:
-        try:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            undo.callback(sock.close)
-            sock.setblocking(False)
-            with contextlib.suppress(OSError):  # only Linux knows it: a file that is made with this mode at once
-                os.fchmod(sock.fileno(), mode)
-            _bind(sock, path)
-            place = Place.at(path)
-            undo.callback(place.clear)
-            # What the umask has taken from it; connecting is not possible yet.
-            os.chmod(path, mode, follow_symlinks=False)
-            sock.listen(backlog)
-            if not place.still_stands():
-                raise OSError(errno.EADDRINUSE, "another server has just taken its place")
-        except NotImplementedError:  # of chmod(): a symbolic link, whose target is none of our business
-            raise OSError(errno.EADDRINUSE, f"cannot listen on {path}: a link has just taken its place") from None
-        except OSError as exc:
-            raise OSError(exc.errno or errno.ENAMETOOLONG, f"cannot listen on {path}: {exc.strerror or exc}") from exc
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        undo.callback(sock.close)
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # only Linux knows it: a file that is made with this mode at once
+            os.fchmod(sock.fileno(), mode)
+        if not _has_room(sock, path):
+            _make_way(path)
+            if not _has_room(sock, path):
+                raise OSError(errno.EADDRINUSE, "another server was quicker to take its place")
+        place = Place.at(path)
+        undo.callback(place.clear)
+        if stat.S_IMODE(os.lstat(path).st_mode) != mode:
+            _change_mode(path, mode)  # what the umask has taken from it; connecting is not possible yet
+        sock.listen(backlog)
+        if not place.still_stands():
+            raise OSError(errno.EADDRINUSE, "something else has just taken its place")
         undo.pop_all()
     return sock, place
 
 
-def _bind(sock: socket.socket, path: str) -> None:
-    if not _has_room(sock, path):
-        _make_way(path)
-        if not _has_room(sock, path):
-            raise OSError(errno.EADDRINUSE, "another server was quicker to take its place")
+@asynccontextmanager
+async def _locked(directory: str) -> AsyncIterator[None]:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield  # not there, which binding will tell; or not to be read by us
+        return
+    try:
+        until = asyncio.get_running_loop().time() + _LOCKED_AT_MOST
+        while not _lock(descriptor):
+            if asyncio.get_running_loop().time() > until:
+                raise OSError(errno.EAGAIN, "another program holds a lock on its directory")
+            await asyncio.sleep(_LOCKED_AGAIN_AFTER)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks it
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 def _has_room(sock: socket.socket, path: str) -> bool:
@@ -102,26 +140,20 @@ def _has_room(sock: socket.socket, path: str) -> bool:
 
 def _make_way(path: str) -> None:
     """Remove a stale socket; raise, where what stands there is anything else."""
-    try:
-        before = Place.at(path)
+    with contextlib.suppress(FileNotFoundError):  # it has gone by itself
+        found = Place.at(path)
         if _is_alive(path):
             raise OSError(errno.EADDRINUSE, "another server is listening there")
-        aside = os.path.join(os.path.dirname(path), f".{secrets.token_hex(3)}")
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
+        if found.still_stands():
+            os.unlink(path)
 
-    # Of several that find a stale one, each removes that one, and not the socket that the first has made since.
-    stale = False
+
+def _change_mode(path: str, mode: int) -> None:
     try:
-        stale = before._replace(path=os.path.abspath(aside)).still_stands() and not _is_alive(aside)
-    finally:
-        if stale:
-            os.unlink(aside)
-        else:
-            os.rename(aside, path)
-    if not stale:
-        raise OSError(errno.EADDRINUSE, "another server has just begun to listen there")
+        os.chmod(path, mode, follow_symlinks=False)
+    except NotImplementedError:
+        reason = "a link has just taken its place, or there is no /proc to change its mode by"
+        raise OSError(errno.EADDRINUSE, reason) from None
 
 
 def _is_alive(path: str) -> bool:
