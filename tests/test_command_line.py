@@ -273,7 +273,7 @@ def test_what_the_app_raised_is_told_with_its_traceback(arguments: list[str], fi
     [
         ([], "Missing argument 'APP'."),
         (["app"], "an import string must look like \"package.module:attribute\", and 'app' does not"),
-        (["a:b", "--prot=1"], "No such option '?--prot.*--port.*"),
+        (["a:b", "--prot=1"], "No such option.*--prot.*--port.*"),
         (["a:b", "--workers=2"], "there is no option --workers: there are no worker processes: .*"),
         (["a:b", "--reload"], "there is no option --reload: reloading restarts the process.*"),
         (["a:b", "--port=x"], "Invalid value for '--port': 'x' is not a valid integer."),
@@ -300,7 +300,8 @@ def test_every_option_of_serving_is_there_or_has_no_form_there() -> None:
     """And the help shows each once."""
     names = {each.name for each in (*OURS, *PASSED)}
     without_form = {"sockets", "ssl", "ssl_context_factory", "stop_on_signals"}
-    assert set(_options.Options.__optional_keys__) - names == without_form
+    there = _options._config_parameters() | set(_options._OURS)  # an older uvicorn lacks some
+    assert (_options.Options.__optional_keys__ & there) - names == without_form & there
     with command("--help") as program:
         assert program.end() == (0, "")
     shown = re.findall(r"^  (--[\w-]+)", "\n".join(program.said), flags=re.MULTILINE)

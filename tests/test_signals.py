@@ -229,6 +229,8 @@ async def test_a_cancellation_wins_over_the_signal(native: bool, calls: list[str
     """Both come in the same turn of the loop; the one from outside goes on."""
 
     async def block() -> None:
+        task = asyncio.current_task()
+        assert task is not None
         with scope:
             async with serving(App(), stop_on_signals=True):
                 signal.raise_signal(signal.SIGTERM)
