@@ -330,7 +330,7 @@ async def test_an_address_that_needs_a_scope_says_so() -> None:
 
 async def test_a_host_that_covers_another_is_told() -> None:
     """No port at all is free on both then."""
-    with pytest.raises(OSError, match="Address already in use; no port is free on all .* does one of them cover"):
+    with pytest.raises(OSError, match=r"Address already in use; no port is free on all .* does one of them cover"):
         await start(App(), host=["0.0.0.0", "127.0.0.1"])  # noqa: S104
 
 

@@ -861,6 +861,8 @@ async def test_out_of_descriptors_it_accepts_again_later(
         exhausted.append(True)
         async with connect(server):
             await turns()
+            await server.aclose()
+    assert "cannot accept: Too many open files; what waits in the queue is lost" in caplog.text
 
 
 @pytest.mark.parametrize("families", [[socket.AF_INET], [socket.AF_INET, socket.AF_INET6]])

@@ -136,6 +136,23 @@ async def test_what_waits_in_the_queue_is_answered(path: str) -> None:
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
 
+async def test_a_full_queue_is_answered_to_the_last(path: str) -> None:
+    """Linux takes one more into it than was asked for."""
+    async with serving(App(), uds=path, backlog=5) as server, contextlib.AsyncExitStack() as stack:
+        clients = []
+        with contextlib.suppress(BlockingIOError):  # it is full
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(path)
+                client.sendall(REQUEST)
+                clients.append(client)
+        assert len(clients) >= 5
+        await server.aclose()
+        for client in clients:
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
 # What stands at its path.
 
 
@@ -419,7 +436,7 @@ async def test_a_directory_that_we_may_only_write_in_will_do() -> None:
         assert os.listdir(directory) == []
 
 
-@pytest.mark.parametrize("name", ["with a space", "100%?#", "caf\xe9", "\udcff", "s" * 50])
+@pytest.mark.parametrize("name", ["with a space", "100%?#", "caf\xe9", "\udcff"])
 async def test_a_name_can_be_any(name: str, tmp_path: Path) -> None:
     """In the URL all of it is percent-encoded, byte by byte; also what is no UTF-8."""
     path = str(tmp_path / name)
@@ -441,15 +458,16 @@ async def test_behind_a_link_the_parent_is_the_targets(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "real") == ["below"]
 
 
-async def test_a_short_name_in_a_long_path_can_be_stale(tmp_path: Path) -> None:
+async def test_a_short_name_in_a_long_path_can_be_stale() -> None:
     """Nothing longer is needed on the way."""
-    directory = tmp_path / ("d" * (104 - len(str(tmp_path))))
-    directory.mkdir()
-    path = str(directory / "s")
-    assert len(path) == 106
-    make_stale(path)
-    await serve_once(path)
-    assert os.listdir(directory) == []
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        directory = Path(short) / ("d" * (104 - len(short)))
+        directory.mkdir()
+        path = str(directory / "s")
+        assert len(path) == 107
+        make_stale(path)
+        await serve_once(path)
+        assert os.listdir(directory) == []
 
 
 async def test_a_fork_leaves_the_file_to_its_parent(path: str) -> None:
@@ -460,7 +478,7 @@ async def test_a_fork_leaves_the_file_to_its_parent(path: str) -> None:
     if child == 0:
         listener.withdraw()
         os._exit(0)
-    os.waitpid(child, 0)
+    os.waitpid(child, 0)  # noqa: ASYNC222 (it ends at once)
     assert await answers(path)
     await server.aclose()
     assert not os.path.lexists(path)

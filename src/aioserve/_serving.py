@@ -67,7 +67,7 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
 
     Args:
         app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`, which then says
-            everything but the two timeouts.
+            all that it can say; beside it go `uds_mode`, `stop_on_signals` and our own times.
         host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
             ``"127.0.0.1"``.
         port: 0, the default, takes a free one, the same on every address.
