@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import uvicorn
 from uvicorn.importer import import_from_string
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.server import ServerState
 
 from aioserve._acceptor import Acceptor
@@ -176,7 +177,8 @@ class Engine(uvicorn.Server):
         except BaseException as exc:  # noqa: BLE001 (the same; and the lifespan must be ended all the same)
             self._fail("the server's own task failed while it was starting", exc)
             return
-        self._refresh_default_headers()
+        if not self.config.date_header:
+            self.server_state.default_headers = self.config.encoded_headers
         self.acceptor.start()
         self.started = True
         uvicorn_logger.info("Serving on %s", ", ".join(self.urls))
@@ -476,8 +478,8 @@ class Engine(uvicorn.Server):
         self._date_timer = self._loop.call_later(1.0, self._tick)
 
     def _refresh_default_headers(self) -> None:
-        date = [(b"date", formatdate(time.time(), usegmt=True).encode())] if self.config.date_header else []
-        self.server_state.default_headers = date + self.config.encoded_headers
+        date = (b"date", formatdate(time.time(), usegmt=True).encode())
+        self.server_state.default_headers = [date, *self.config.encoded_headers]
 
     # For code that knows uvicorn.Server and uses it on ours.
 
@@ -848,6 +850,19 @@ def _descriptor(below: Any) -> int:
     return descriptor
 
 
+def _behind_proxies(app: Any, trusted: list[str] | str) -> ProxyHeadersMiddleware:
+    """Wrap the app as uvicorn does; but who is trusted is worked out once for all servers, which takes a while."""
+    middleware = ProxyHeadersMiddleware.__new__(ProxyHeadersMiddleware)
+    vars(middleware).update(vars(_trusting(trusted if isinstance(trusted, str) else tuple(trusted))), app=app)
+    return middleware
+
+
+@functools.lru_cache
+def _trusting(hosts: str | tuple[str, ...]) -> ProxyHeadersMiddleware:
+    nobody: Any = None
+    return ProxyHeadersMiddleware(nobody, hosts if isinstance(hosts, str) else list(hosts))
+
+
 def load(config: uvicorn.Config) -> None:
     """
     Import the app and all that the Config names, if that is not done.
@@ -867,8 +882,10 @@ def load(config: uvicorn.Config) -> None:
         return
 
     app = config.app if isinstance(config.app, str) else "the app"
+    behind_proxies, config.proxy_headers = config.proxy_headers, False  # that part of it is ours
     try:
-        import_from_string(config.app)  # before uvicorn does it, and logs what it raises
+        if isinstance(config.app, str):
+            import_from_string(config.app)  # before uvicorn does it, and logs what it raises
         config.load()
     except SystemExit as exc:
         reason = exc.__context__ or exc  # uvicorn's has a reason; the app's own is one
@@ -879,8 +896,12 @@ def load(config: uvicorn.Config) -> None:
             given = ", ".join(f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name))
             raise type(exc)(exc.errno, f"{exc.strerror or exc}; with {given}") from exc
         raise StartupError(f"cannot load {app}: {type(exc).__name__}: {exc}") from exc
+    finally:
+        config.proxy_headers = behind_proxies
 
     loaded = config.loaded_app
+    if behind_proxies:
+        config.loaded_app = _behind_proxies(loaded, config.forwarded_allow_ips)
     while type(loaded).__module__.startswith("uvicorn.middleware."):
         loaded = loaded.app
     if inspect.iscoroutine(loaded):

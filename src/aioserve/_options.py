@@ -457,10 +457,8 @@ def _check_values(options: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be {said}, not {value!r}")
         if name not in known and name not in _OURS:
             raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
-    for name, choices in _CHOICES.items():
-        if name not in options:
-            continue
-        value = options[name]
+    for name in options.keys() & _CHOICES.keys():
+        value, choices = options[name], _CHOICES[name]
         if name == "log_level" and not isinstance(value, str):
             continue
         if name in ("http", "ws") and (isinstance(value, type) and issubclass(value, asyncio.BaseProtocol)):
@@ -488,6 +486,7 @@ def _simple_types() -> dict[str, tuple[type, ...]]:
     return found
 
 
+@functools.cache
 def _config_parameters() -> frozenset[str]:
     code = uvicorn.Config.__init__.__code__
     return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])

@@ -87,19 +87,44 @@ def longest(drain_delay: float, shutdown_timeout: float, grace: float) -> float:
 
 async def shut_down(engine: Engine) -> None:
     loop = asyncio.get_running_loop()
-    waiting = engine.waiting
     settings = engine.settings
     asked = loop.time() if engine.asked_at is None else engine.asked_at
 
-    def time_is_over() -> bool:
-        return engine.out_of_time
-
     # Drain; not after a crash, nor when the start has failed.
     if settings.drain_delay and engine.started and not engine.crashed:
-        await waiting.wait_for(time_is_over, settings.drain_delay)
+        await engine.waiting.wait_for(lambda: engine.out_of_time, settings.drain_delay)
 
-    # Stop accepting. What was in the queue becomes connections, and what had arrived is read, in the next turns.
+    # Stop accepting.
     engine.acceptor.close()
+    forced = _NOTHING if engine.is_quiet() else await _finish(engine)
+
+    # End.
+    try:
+        await engine.lifespan.shutdown(settings.shutdown_timeout)
+    except ShutdownError as exc:
+        if engine.error is None:
+            engine.error = exc
+        elif exc.__cause__ is not engine.error.__cause__:  # after a crash of the lifespan it is the same story
+            logger.error("the server had failed before, and now: %s", exc, exc_info=exc)
+    engine.report = Report(loop.time() - asked, *forced, engine.lifespan.stuck)
+
+
+class _Forced(NamedTuple):
+    aborted: int
+    persuaded: tuple[HeldUp, ...]
+    cancelled: tuple[HeldUp, ...]
+
+
+_NOTHING = _Forced(0, (), ())
+
+
+async def _finish(engine: Engine) -> _Forced:
+    """Finish with the connections and requests that there are; by force, when their time is over."""
+    loop = asyncio.get_running_loop()
+    waiting = engine.waiting
+    budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
+
+    # What was in the queue becomes connections, and what had arrived is read, in the next turns.
     await waiting.turns(SETTLING_TURNS)
     began = loop.time()
 
@@ -111,7 +136,6 @@ async def shut_down(engine: Engine) -> None:
 
     # Owe, and finish.
     engine.dismiss(patient=True)
-    budget = settings.shutdown_timeout
     if not engine.nobody_is_silent():
         grace = FIRST_REQUEST if budget is None else min(FIRST_REQUEST, budget)
         await waiting.wait_for(lambda: engine.nobody_is_silent() or engine.out_of_time, grace)
@@ -120,7 +144,6 @@ async def shut_down(engine: Engine) -> None:
         await waiting.turns(SETTLING_TURNS)
 
     # Persuade.
-    patience = settings.disconnect_after
     if patience is not None and (budget is None or patience < budget):
         await waiting.wait_for(over, time_left(patience))
         engine.persuade()
@@ -142,16 +165,7 @@ async def shut_down(engine: Engine) -> None:
     persuaded = tuple(handler for task, handler in held_up.items() if task not in to_cancel)
     if aborted or held_up:
         logger.warning("%s", in_one_line(engine.urls[0], aborted, persuaded, cancelled))
-
-    # End.
-    try:
-        await engine.lifespan.shutdown(budget)
-    except ShutdownError as exc:
-        if engine.error is None:
-            engine.error = exc
-        elif exc.__cause__ is not engine.error.__cause__:  # after a crash of the lifespan it is the same story
-            logger.error("the server had failed before, and now: %s", exc, exc_info=exc)
-    engine.report = Report(loop.time() - asked, aborted, persuaded, cancelled, engine.lifespan.stuck)
+    return _Forced(aborted, persuaded, cancelled)
 
 
 def in_one_line(url: str, aborted: int, persuaded: tuple[HeldUp, ...], cancelled: tuple[HeldUp, ...]) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote
 
@@ -30,6 +30,8 @@ _SAME_PORT_ATTEMPTS = 32
 
 # What a machine without IPv6 (or without IPv4) says of an address of the family that it lacks.
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+_NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
 
 _HINTS = {
     errno.EADDRINUSE: "port=0 takes a free one",
@@ -268,21 +270,20 @@ class _Address(NamedTuple):
 def _listen_on_all(addresses: Sequence[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     lacking: OSError | None = None
-    with ExitStack() as undo:
-        for address in addresses:
-            try:
-                sock = _listen_on(address, port, backlog, reuse_port=reuse_port)
-            except OSError as exc:
-                if address.optional and exc.errno in _NO_SUCH_FAMILY:
-                    lacking = exc
-                    continue
-                raise
-            undo.callback(sock.close)
-            sockets.append(sock)
-            port = sock.getsockname()[1]
-        if not sockets and lacking is not None:
-            raise lacking
-        undo.pop_all()
+    for address in addresses:
+        try:
+            sock = _listen_on(address, port, backlog, reuse_port=reuse_port)
+        except OSError as exc:
+            if address.optional and exc.errno in _NO_SUCH_FAMILY:
+                lacking = exc
+                continue
+            for each in sockets:
+                each.close()
+            raise
+        sockets.append(sock)
+        port = sock.getsockname()[1]
+    if not sockets and lacking is not None:
+        raise lacking
     return sockets
 
 
@@ -342,10 +343,14 @@ async def _resolve(host: str | None) -> list[_Address]:
 
 
 def _literal(host: str, *, optional: bool = False) -> list[_Address]:
-    found = _getaddrinfo(host, socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+    ask = _getaddrinfo if "%" in host else _getaddrinfo_once  # a scope may be another one the next time
+    found = ask(host, _NUMERIC)
     return [_Address(family, sockaddr, optional) for family, sockaddr in found]
 
 
 def _getaddrinfo(host: str, flags: int) -> list[tuple[int, tuple[Any, ...]]]:
     found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=flags)
     return [(int(family), sockaddr) for family, _, _, _, sockaddr in found]
+
+
+_getaddrinfo_once = lru_cache(_getaddrinfo)

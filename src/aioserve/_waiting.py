@@ -5,9 +5,15 @@ How a server's own task waits: for facts, never on a clock, and never to be thro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import types
+from collections.abc import Awaitable, Callable, Generator
 
 TURNS_BEFORE_A_TIMER = 3
+
+
+@types.coroutine
+def _turn() -> Generator[None, None, None]:
+    yield
 
 
 class Waiting:
@@ -78,7 +84,7 @@ class Waiting:
     async def turns(self, count: int) -> None:
         """Let the loop turn: for what it has already put on its list for the next turns."""
         for _ in range(count):
-            await self._sleep(asyncio.sleep(0))
+            await self._sleep(_turn())
 
     async def _sleep(self, waiter: Awaitable[object]) -> None:
         try:
