@@ -229,6 +229,8 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
 
 async def listen(settings: Settings, signals: Signals) -> list[Listener]:
     """Listen where the settings say, unless a signal comes."""
+    if not settings.stop_on_signals:
+        return await settings.where.listen(settings.config.backlog)
     async with Interruptible() as listening:
         signals.then(listening.interrupt)
         return await settings.where.listen(settings.config.backlog)

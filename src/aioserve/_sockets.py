@@ -289,28 +289,28 @@ def _listen_on_all(addresses: Sequence[_Address], port: int, backlog: int, *, re
 
 def _listen_on(address: _Address, port: int, backlog: int, *, reuse_port: bool) -> socket.socket:
     where, _, *rest = address.sockaddr
-    with ExitStack() as undo:
-        try:
-            # With the protocol named, asyncio sets TCP_NODELAY on what it accepts from here; with 0 it does not, and
-            # answers on kept-alive connections take 40 ms.
-            sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            undo.callback(sock.close)
-            sock.setblocking(False)
-            if os.name == "posix":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if reuse_port:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if address.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((where, port, *rest))
-            sock.listen(backlog)
-        except OSError as exc:
-            bracketed = f"[{where}]" if address.family == socket.AF_INET6 else where
-            reason = f"{exc.strerror}"
-            if exc.errno == errno.EINVAL and where[:3].lower() in ("fe8", "fe9", "fea", "feb"):
-                reason += "; an address that is good on one link only needs its interface, as in fe80::1%eth0"
-            raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
-        undo.pop_all()
+    sock = None
+    try:
+        # With the protocol named, asyncio sets TCP_NODELAY on what it accepts from here; with 0 it does not, and
+        # answers on kept-alive connections take 40 ms.
+        sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        sock.setblocking(False)
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if address.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((where, port, *rest))
+        sock.listen(backlog)
+    except OSError as exc:
+        if sock is not None:
+            sock.close()
+        bracketed = f"[{where}]" if address.family == socket.AF_INET6 else where
+        reason = f"{exc.strerror}"
+        if exc.errno == errno.EINVAL and where[:3].lower() in ("fe8", "fe9", "fea", "feb"):
+            reason += "; an address that is good on one link only needs its interface, as in fe80::1%eth0"
+        raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
     return sock
 
 
