@@ -36,6 +36,13 @@ def oldest() -> list[str]:
     return [dependency.replace(">=", "==") + ".*" for dependency in project["dependencies"]]
 
 
+# Tests that run whole programs, which choose their loops and protocols by themselves: they need not be run for each.
+PROGRAMS = [
+    f"--ignore=tests/test_{name}.py"
+    for name in ("command_line", "demo", "process", "pytest_plugin", "readme", "signals")
+]
+
+
 def run_suite(session: nox.Session, *options: str) -> None:
     """Run the suite, and say first on what."""
     session.run(
@@ -62,7 +69,7 @@ def loops(session: nox.Session, loop: str) -> None:
     if loop == "eager" and sys.version_info < (3, 12):
         session.skip("eager tasks came with Python 3.12")
     session.install(*NEWEST, "-e", ".[test]")
-    run_suite(session, "--loop", loop)
+    run_suite(session, "--loop", loop, *PROGRAMS)
 
 
 @nox.session
@@ -74,7 +81,7 @@ def loops(session: nox.Session, loop: str) -> None:
 def protocols(session: nox.Session, http: str, ws: str) -> None:
     """The suite on each of uvicorn's implementations of HTTP and WebSockets."""
     session.install(*NEWEST, "-e", ".[test]")
-    run_suite(session, "--http", http, "--ws", ws, "--loop", "asyncio")
+    run_suite(session, "--http", http, "--ws", ws, "--loop", "asyncio", *PROGRAMS)
 
 
 @nox.session
