@@ -416,12 +416,15 @@ async def test_a_host_that_calls_what_it_found_does_not_call_a_dead_handler(call
 
 def test_what_a_runner_set_and_could_not_take_back_is_not_put_back() -> None:
     """asyncio handles SIGINT for the length of one `run()`; a server that outlives it must not bring that back."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with asyncio.Runner() as runner:
-        server = runner.run(start(App(), stop_on_signals=True))
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-        runner.run(server.aclose())
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with asyncio.Runner() as runner:
+            server = runner.run(start(App(), stop_on_signals=True))
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            runner.run(server.aclose())
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_server_that_nobody_closes_leaves_the_handlers_as_they_were() -> None:
