@@ -7,10 +7,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import io
 import socket
 import ssl
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
@@ -20,7 +22,7 @@ import pytest
 import trio
 
 from aioserve import ServerCrashedError, ShutdownError, StartupError, testing
-from aioserve.testing import assert_nothing_left
+from aioserve.testing import LiveServers, assert_nothing_left
 from tests.apps import App, AppError
 
 
@@ -296,7 +298,7 @@ PROJECT = """
 import asyncio, logging, os, signal, socket, threading, warnings
 import anyio, pytest
 from aioserve import _leaks
-from aioserve.testing import assert_nothing_left
+from aioserve.testing import LiveServers, assert_nothing_left
 
 _leaks.ENDING_THREADS = 0
 kept = []
@@ -342,7 +344,7 @@ class TestNothingLeft:
         """At its end, on each plugin's loop; the next one is not concerned."""
         test = """
             import asyncio, pytest, pytest_asyncio
-            from aioserve.testing import assert_nothing_left
+            from aioserve.testing import LiveServers, assert_nothing_left
 
             @pytest.fixture
             async def anyios():
@@ -466,3 +468,46 @@ class TestNothingLeft:
 
         with pytest.raises(RuntimeError, match="needs a running asyncio event loop; elsewhere take a plain with"):
             trio.run(main)
+
+
+async def test_a_timer_that_repeats_itself_is_no_leak() -> None:
+    """Each is a new one, but it calls what the one before it did."""
+
+    def tick() -> None:
+        pass
+
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(60, tick)
+    async with assert_nothing_left():
+        timer.cancel()
+        timer = loop.call_later(60, tick)
+    timer.cancel()
+
+
+@pytest.mark.usefixtures("short_grace")
+async def test_a_handler_that_is_stuck_is_told_where_nobody_captures_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop waits for it when it closes, and so pytest may never come to tell what it has captured."""
+    app = App()
+    monkeypatch.setattr(sys, "__stderr__", said := io.StringIO())
+    with pytest.raises(AssertionError, match="find out why the handler does not end"):
+        async with testing.server(app, shutdown_timeout=0) as server, httpx.AsyncClient(base_url=server.url) as http:
+            asking = asyncio.create_task(http.get("/cling"))
+            await app.holding.wait()
+            asking.cancel()
+    assert "GET /cling" in said.getvalue()
+    assert "which is stuck" in said.getvalue()
+    app.release.set()
+
+
+async def test_an_option_of_the_server_is_none_of_its_client() -> None:
+    """Where to put it is said."""
+    with pytest.raises(TypeError, match="lifespan is an option of a server, not of a client: start the server first"):
+        async with testing.client(App(), lifespan="off"):
+            raise AssertionError
+
+
+def test_live_servers_can_be_started_by_many_threads() -> None:
+    """They share one loop."""
+    with LiveServers() as servers, ThreadPoolExecutor(8) as executor:
+        started = list(executor.map(lambda _: servers.start(App()), range(8)))
+        assert len({server.url for server in started}) == 8

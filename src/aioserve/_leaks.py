@@ -29,7 +29,7 @@ SETTLING_TURNS = 10
 ENDING_THREADS = 5.0
 
 # The threads that a loop keeps for synchronous functions: anyio's, and those of its default executor.
-POOLS = ("AnyIO worker thread", "asyncio_")
+POOLS = ("AnyIO worker thread", "asyncio_", "uvloop_")
 
 
 class assert_nothing_left:  # noqa: N801 (it reads as what it does, like contextlib.suppress)
@@ -48,8 +48,9 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
       its timers.)
 
     ``with`` is for synchronous code, such as a block around `asyncio.run()`. What takes a moment to go gets it: some
-    turns of the loop, or a few seconds for threads that are ending. Garbage is collected, so that what was forgotten
-    in a reference cycle is heard of here. What is gone after the block, but was there before, is nobody's leak.
+    turns of the loop, or a few seconds for threads that are ending. Garbage is collected, so that what Python says of
+    things forgotten in a reference cycle is said here. What is gone after the block, but was there before, is nobody's
+    leak.
 
     If the block raises, that exception is what counts, and nothing is checked.
 
@@ -118,7 +119,8 @@ class Seen(NamedTuple):
     loggers: dict[str, _Logger]
     warning_filters: list[object]
     tasks: set[asyncio.Task[object]]
-    timers: list[asyncio.TimerHandle]
+    timers: list[tuple[asyncio.TimerHandle, object]]
+    """Each with what it calls, which it forgets when it is cancelled."""
     exception_handler: object
 
 
@@ -129,7 +131,7 @@ def look(loop: asyncio.AbstractEventLoop | None = None) -> Seen:
         # The task that looks may be another one each time; and anyio's plugin runs fixtures in tasks of its own.
         looking = asyncio.current_task(loop)
         tasks = {each for each in asyncio.all_tasks(loop) if each is not looking and not _is_anyios(each)}
-        timers = [timer for timer in getattr(loop, "_scheduled", ()) if not timer.cancelled()]
+        timers = [(timer, timer._callback) for timer in getattr(loop, "_scheduled", ()) if not timer.cancelled()]
     return Seen(
         threads=set(threading.enumerate()),
         descriptors=descriptors(),
@@ -196,8 +198,12 @@ def _differences(before: Seen, now: Seen) -> Iterator[str]:
     """Say what is there now, and was not before."""
     for task in now.tasks - before.tasks:
         yield f"a task: {task!r}"
-    for timer in now.timers:
-        if not any(timer is each for each in before.timers):
+    # By what they call: one that repeats itself is a new one each time.
+    waiting = [callback for _, callback in before.timers]
+    for timer, callback in now.timers:
+        if callback in waiting:
+            waiting.remove(callback)
+        else:
             yield f"a timer: {timer!r}"
     if now.exception_handler != before.exception_handler:
         yield f"the loop's exception handler: {now.exception_handler!r}; it was {before.exception_handler!r}"

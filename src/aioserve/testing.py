@@ -21,7 +21,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import ssl
+import sys
+import threading
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,6 +35,7 @@ import uvicorn
 from anyio.from_thread import start_blocking_portal
 
 from aioserve._leaks import assert_nothing_left
+from aioserve._options import Options
 from aioserve._server import Server
 from aioserve._serving import start
 from aioserve._shutdown import in_one_line
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
     import trustme
     from anyio.from_thread import BlockingPortal
 
-    from aioserve._options import App, Options
+    from aioserve._options import App
 
 __all__ = [
     "ClientFactory",
@@ -222,8 +226,10 @@ class Opened:
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError(
-                "this fixture of aioserve lives in another event loop than the test: with pytest-asyncio, give both "
-                "the same loop_scope; if anyio's plugin is to run it, set asyncio_mode to strict"
+                "this fixture of aioserve lives in another event loop than the test. With pytest-asyncio, give the "
+                "tests of a module the loop of the fixture's scope: pytestmark = pytest.mark.asyncio(loop_scope=...), "
+                "or asyncio_default_test_loop_scope in its configuration. With anyio's plugin beside it, set both "
+                "anyio_mode and asyncio_mode to strict"
             )
 
     async def __aenter__(self) -> Self:
@@ -245,15 +251,18 @@ class LiveServers:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self._starting = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._opened: Opened
 
     def start(self, app: App, /, **options: Unpack[Options]) -> Server:
         """Be a `LiveServerFactory`."""
-        if self._portal is None:
-            self._portal = self._stack.enter_context(start_blocking_portal())
-            opened = self._portal.call(Opened)
-            self._opened = self._stack.enter_context(self._portal.wrap_async_context_manager(opened))
+        with self._starting:
+            if self._portal is None:
+                portal = self._stack.enter_context(start_blocking_portal())
+                opened = portal.call(Opened)
+                self._opened = self._stack.enter_context(portal.wrap_async_context_manager(opened))
+                self._portal = portal
         return self._portal.call(functools.partial(self._opened.server, app, **options))
 
     def __enter__(self) -> Self:
@@ -291,14 +300,21 @@ class _Judged:
         if not (forced := self._forced()):
             return
         if exc is None:
-            raise AssertionError(f"{forced}. End in the test what it began, or give the server more shutdown_timeout")
+            raise AssertionError(
+                f"{forced}. End in the test what it began, find out why the handler does not end, or give the server "
+                "more shutdown_timeout"
+            )
         exc.add_note(f"aioserve: {forced}")
 
     def _forced(self) -> str | None:
         report = self.server.report
         if report is None or not (report.aborted or report.cancelled):
             return None  # a lifespan that is stuck has been raised
-        return in_one_line(self.server.url, report.aborted, report.persuaded, report.cancelled)
+        line = in_one_line(self.server.url, report.aborted, report.persuaded, report.cancelled)
+        if any(handler.stuck for handler in report.cancelled) and sys.__stderr__ is not None:
+            # What pytest captures is not shown before the test ends; and it may not, since a loop waits at its end.
+            print(f"\naioserve: {line}", file=sys.__stderr__, flush=True)
+        return line
 
 
 def _for_tests(app: App, options: Options) -> Options:
@@ -311,6 +327,8 @@ def _for_tests(app: App, options: Options) -> Options:
 
 def _make_client(url: str, options: Mapping[str, Any]) -> httpx.AsyncClient:
     module = _import("httpx", "httpx2")
+    for name in options.keys() & Options.__optional_keys__ - inspect.signature(module.AsyncClient).parameters.keys():
+        raise TypeError(f"{name} is an option of a server, not of a client: start the server first, and give it in")
     scheme, _, where = url.partition("://")
     if "verify" not in options:
         options = {**options, "verify": tls().client if scheme.startswith("https") else _trusting_nobody()}
