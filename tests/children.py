@@ -5,6 +5,7 @@ Apps for child processes, which a test can only name; they print what a test has
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ class Talking(App):
                     time.sleep(60)  # noqa: ASYNC251 (that is what is wrong with it)
             case "/thread":
                 threading.Thread(target=threading.Event().wait).start()
+            case "/leave":
+                os.setpgid(0, os.getpgid(os.getppid()))
             case "/crash":
                 self.crash.set()
             case "/exit":
@@ -58,7 +61,16 @@ async def path(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+class Late(App):
+    """Has something to do at the interpreter's exit."""
+
+    async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        atexit.register(time.sleep, 1.2)  # longer than what a process is given anyway
+        await super().lifespan(scope, receive, send)
+
+
 talking = Talking()
+late = Late()
 dying = Dying()
 failing = App(startup="raises")
 hanging = Talking(startup="hangs")

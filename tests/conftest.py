@@ -84,7 +84,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collections after each test what will never be garbage: the imported modules."""
+    """
+    Spare the collections after each test what will never be garbage: the imported modules.
+
+    And let uvloop have the two pipes that it keeps from its first loop on.
+    """
+    uvloop.new_event_loop().close()
     gc.collect()
     gc.freeze()
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,22 +26,31 @@ class Program:
     Args:
         arguments: What comes behind "python".
         pass_fds: Descriptors that it inherits.
+        stdin: What it reads.
+        preexec: Done in it before anything else.
     """
 
     def __init__(
-        self, *arguments: str, pass_fds: tuple[int, ...] = (), warnings_are_errors: bool = True, cwd: Path = ROOT
+        self,
+        *arguments: str,
+        pass_fds: tuple[int, ...] = (),
+        warnings_are_errors: bool = True,
+        cwd: Path = ROOT,
+        stdin: int | None = None,
+        preexec: Callable[[], object] = lambda: None,
     ) -> None:
         warnings = WARNINGS_ARE_ERRORS if warnings_are_errors else []
         self.process = subprocess.Popen(  # noqa: S603
             [sys.executable, *warnings, "-u", *arguments],
             cwd=cwd,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             bufsize=1,
             pass_fds=pass_fds,
             # Whoever runs these tests may ignore Ctrl+C, as shells let their background jobs do; and that is inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), preexec()),
             process_group=0,
         )
         self.said: list[str] = []

@@ -375,3 +375,98 @@ def test_it_serves_with_the_loop_that_is_asked_for() -> None:
         modules[name] = type(loop).__module__.partition(".")[0]
         loop.close()
     assert modules == {"auto": "uvloop", "asyncio": "asyncio", "uvloop": "uvloop"}
+
+
+# Signals that come late, and descriptors that are not what they should be.
+
+
+LEAVING = """
+import atexit, os, sys
+
+def leave():
+    os.write(1, b"leaving\\n")
+    sys.stdin.read()
+
+atexit.register(leave)
+sys.argv = ["aioserve", "tests.apps:factory", "--factory", "--port", "0"]
+from aioserve.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_on_the_way_out_changes_nothing(name: str) -> None:
+    """The server has stopped in good order, and so the exit code says."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as stdin, Program("-c", LEAVING, stdin=reading) as program:
+        os.close(reading)
+        program.wait_for("http://")
+        program.send(signal.SIGTERM)
+        program.wait_for("leaving")
+        program.send(signal.Signals[name])
+        stdin.close()
+        code, err = program.end()
+    assert code == 0, err
+    assert "Traceback" not in err
+
+
+def test_a_signal_does_not_wait_for_threads_on_the_way_out() -> None:
+    """Those that the interpreter would wait for, of synchronous endpoints above all."""
+    with command("tests.children:talking", "--port", "0") as program:
+        url = program.wait_for("http://")
+        assert httpx.get(f"{url}/thread", trust_env=False).text == "hello"
+        program.send(signal.SIGTERM)
+        program.wait_for("lifespan over")
+        program.wait_until_asleep()
+        program.send(signal.SIGTERM)
+        code, err = program.end()
+    assert code == 1
+    assert "aioserve: SIGTERM: not waiting for what still runs: Thread-" in err
+
+
+def test_without_a_standard_output_it_serves_all_the_same() -> None:
+    """Programs have a descriptor of their own to be told by."""
+    reading, writing = os.pipe()
+    with (
+        os.fdopen(reading) as ready,
+        command(
+            "tests.apps:factory",
+            "--factory",
+            "--port=0",
+            f"--ready-fd={writing}",
+            pass_fds=(writing,),
+            preexec=lambda: os.close(1),
+        ) as program,
+    ):
+        os.close(writing)
+        url = json.loads(ready.readline())["url"]
+        assert httpx.get(url, trust_env=False).text == "hello"
+        program.send(signal.SIGTERM)
+        assert program.end()[0] == 0
+
+
+def test_a_descriptor_that_cannot_be_written_to_is_refused() -> None:
+    """Before anything starts."""
+    reading, writing = os.pipe()
+    try:
+        with command("tests.apps:factory", f"--ready-fd={reading}", pass_fds=(reading,)) as program:
+            code, err = program.end()
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert (code, err) == (
+        2,
+        f"aioserve: Invalid value for '--ready-fd': descriptor {reading} is open for reading only\n",
+    )
+
+
+def test_a_header_without_a_colon_is_refused() -> None:
+    """It has a name and a value."""
+    assert refused("tests.apps:factory", "--header", "foo") == (2, "aioserve: --header 'foo' is no name:value\n")
+
+
+def test_a_host_that_is_unknown_is_told_in_one_line() -> None:
+    """It is nobody's code that is at fault."""
+    code, err = refused("tests.apps:factory", "--factory", "--host", "no-such-host.invalid")
+    assert code == 3
+    assert re.fullmatch(r"aioserve: it cannot start: .*no-such-host\.invalid.*\n", err)

@@ -478,11 +478,58 @@ async def test_a_child_that_blocks_its_loop_is_killed(
 
 @pytest.mark.usefixtures("short_exit")
 async def test_a_child_whose_thread_will_not_end_is_killed() -> None:
-    """Its server has stopped, and said so; that is no error."""
-    async with serving_process(TALKING) as server:
-        assert (await get(server, "/thread")).text == "hello"
+    """Its server has stopped, and said so; but what it was still doing is lost, and that is told."""
+    with pytest.raises(ShutdownError, match=r"\(killed by SIGKILL\): the server had stopped, but its process did not"):
+        async with serving_process(TALKING, shutdown_timeout=0.1) as server:
+            assert (await get(server, "/thread")).text == "hello"
     assert server.returncode == -signal.SIGKILL
     assert server.report is not None
+
+
+async def test_a_child_has_the_shutdown_timeout_for_its_hooks() -> None:
+    """Such as what exporters and profilers do at the interpreter's exit."""
+    async with serving_process("tests.children:late") as server:
+        pass
+    assert server.returncode == 0
+
+
+@pytest.mark.usefixtures("short_exit")
+async def test_a_child_that_has_left_its_group_is_killed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is still known by its own number."""
+    monkeypatch.setattr(_process, "longest", lambda *timeouts: 0.1)
+    with pytest.raises(ShutdownError, match="killed by SIGKILL"):
+        async with contextlib.AsyncExitStack() as stack, serving_process(TALKING) as server:
+            assert (await get(server, "/leave")).text == "hello"
+            await stack.enter_async_context(asking(server, "/block"))
+
+
+@pytest.mark.parametrize("level", ["trace", 10, None])
+async def test_a_child_takes_every_log_level(level: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Names, numbers and none."""
+    async with serving_process(TALKING, log_level=level) as server:
+        assert (await get(server)).text == "hello"
+
+
+def test_a_parent_without_a_standard_output_can_have_a_child() -> None:
+    """As daemons are."""
+    with Program("-c", WITHOUT_OUTPUT) as program:
+        assert program.end() == (0, "")
+
+
+WITHOUT_OUTPUT = """
+import asyncio, os, sys
+os.close(1)
+sys.stdout = None
+from aioserve import serving_process
+
+async def main():
+    async with serving_process("tests.apps:factory", factory=True):
+        pass
+
+asyncio.run(main())
+"""
 
 
 async def test_a_lifespan_that_does_not_end_is_a_shutdown_error(capfd: pytest.CaptureFixture[str]) -> None:

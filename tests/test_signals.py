@@ -542,3 +542,22 @@ async def test_any_collection_of_signals_will_do(value: Any, calls: list[str]) -
     async with serving(App(), stop_on_signals=value) as server, connect(server):
         assert (await get(server)).text == "hello"
         assert isinstance(signal.getsignal(signal.SIGUSR1), _signals._Handler) == bool(value)
+
+
+def test_an_import_that_swallows_the_first_signal_is_ended_by_the_second() -> None:
+    """What is raised in somebody else's code may be lost there."""
+    with Program("-c", SWALLOWING) as program:
+        program.wait_for("importing")
+        program.wait_until_asleep()
+        program.send(signal.SIGTERM)
+        program.wait_for("swallowed")
+        program.wait_until_asleep()
+        program.send(signal.SIGTERM)
+        assert program.end() == (0, "")
+
+
+SWALLOWING = """
+import asyncio
+from aioserve import serve
+asyncio.run(serve("tests.swallowing_module:app", stop_on_signals=True))
+"""

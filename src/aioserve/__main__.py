@@ -4,11 +4,13 @@ The command line: `aioserve package.module:app`, or `python -m aioserve package.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -52,6 +54,14 @@ def mode(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
         return None if value is None else int(value, 8)
     except ValueError:
         raise click.BadParameter(f"{value!r} is no octal number", ctx, param) from None
+
+
+def writable(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Return the number of a file descriptor that can be written to."""
+    value = descriptor(ctx, param, value)
+    if value is not None and fcntl.fcntl(value, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise click.BadParameter(f"descriptor {value} is open for reading only", ctx, param)
+    return value
 
 
 class Command(click.Command):
@@ -147,7 +157,7 @@ OURS: list[click.Parameter] = [
     click.Option(
         ["--ready-fd"],
         type=int,
-        callback=descriptor,
+        callback=writable,
         help="Write one line of JSON to this descriptor, and close it: where it serves, or why it does not.",
     ),
     click.Option(
@@ -204,6 +214,9 @@ def _was_given(ctx: click.Context, name: str) -> bool:
 def _as_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {"stop_on_signals": True, "log_config": log_config(given.get("log_level", "info")), **given}
     if "headers" in options:
+        for header in options["headers"]:
+            if ":" not in header:
+                raise click.UsageError(f"--header {header!r} is no name:value")
         options["headers"] = [tuple(header.split(":", 1)) for header in options["headers"]]
     if "systemd_name" in options:
         options["systemd"] = options.pop("systemd_name")
@@ -215,13 +228,17 @@ def _as_options(given: dict[str, Any]) -> dict[str, Any]:
 def tell(event: dict[str, Any], *, ready_fd: int | None) -> None:
     """Tell people where it serves, and programs that, or why not."""
     if event["event"] == "ready":
-        click.echo("\n".join(event["urls"]))
+        with suppress(OSError):  # nobody reads it
+            click.echo("\n".join(event["urls"]))
     elif event["error"] is not None:
         failed = event["event"] == "failed" and event["error"]["type"] != "StartupInterruptedError"
         complain("it cannot start: " if failed else "", event["error"])
     if event["event"] in ("ready", "failed") and ready_fd is not None:
-        with open(ready_fd, "wb") as out:
-            out.write(json.dumps({**event, "pid": os.getpid()}).encode() + b"\n")
+        try:
+            with open(ready_fd, "wb") as out:
+                out.write(json.dumps({**event, "pid": os.getpid()}).encode() + b"\n")
+        except OSError as exc:
+            logger.warning("cannot write to descriptor %d: %s", ready_fd, exc.strerror)
 
 
 def complain(what: str, error: dict[str, Any]) -> None:
@@ -234,11 +251,26 @@ def complain(what: str, error: dict[str, Any]) -> None:
 
 def say(line: str) -> None:
     """Print one line to the standard error."""
-    click.echo("aioserve: " + line.replace("\n", " "), err=True)
+    with suppress(OSError):
+        click.echo("aioserve: " + line.replace("\n", " "), err=True)
+
+
+def fill_gaps() -> None:
+    """
+    Open the null device for standard descriptors that are closed, so that nothing else gets their numbers.
+
+    libuv, which uvloop is made of, aborts the process when it closes such a one.
+    """
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # this takes the lowest number that is free
 
 
 def main() -> NoReturn:
     """Run the command line."""
+    fill_gaps()
     try:
         code = command.main(standalone_mode=False)
     except click.NoSuchOption as exc:

@@ -70,10 +70,8 @@ class Orders:
         self._signals = signals
 
     def over(self) -> None:
-        """Let signals do nothing more: the server has stopped, and the interpreter is to end in good order."""
+        """Send no more signals: the server has stopped, and the interpreter is to end in good order."""
         self._over = True
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
 
     def stop(self) -> None:
         """Tell the main thread, unless it knows already: a second signal would force."""

@@ -235,13 +235,13 @@ class _Child:
         if report is not None:
             self.report = _report_of(report)
         self._clear_timer(self._give_up)
-        self._set_timer(EXIT, self._kill)
+        # It has threads and hooks of the app's to wait for, at its exit.
+        self._set_timer(max(EXIT, self._settings.shutdown_timeout or 0), self._kill)
 
     def _ended(self) -> None:
         if self._end is not None:
             self._read()  # its last words
-        if not self._stopped:
-            self._kill_group()  # what it has left
+        self._kill_group()  # what it has left
         self.process.wait()
         if self._end is not None:
             self._loop.remove_reader(self._end)
@@ -256,6 +256,8 @@ class _Child:
 
         if not self._stopped:
             self.error = self._how_it_died()
+        elif self._killed and self.error is None:
+            self.error = ShutdownError(f"{self._end_in_words()}: the server had stopped, but its process did not end")
         elif self.error is None and not self.started:
             self.error = StartupInterruptedError("the server was told to stop before it had started")
         if self._overdue and isinstance(self.error, StartupInterruptedError):
@@ -267,9 +269,7 @@ class _Child:
             self.on_crash()
 
     def _how_it_died(self) -> ServingError:
-        code = self.process.returncode
-        how = f"killed by {name_of(-code)}" if code < 0 else f"exit code {code}"
-        said = f"the child process {self.process.pid} ended ({how})"
+        said = self._end_in_words()
         if self.started and self._asked_at is not None:
             if self._killed:
                 took = self._loop.time() - self._asked_at
@@ -280,6 +280,11 @@ class _Child:
         if self._asked_at is not None:
             return StartupInterruptedError(f"{said}: it was told to stop before it had started")
         return StartupError(f"{said} before the app had started")
+
+    def _end_in_words(self) -> str:
+        code = self.process.returncode
+        how = f"killed by {name_of(-code)}" if code < 0 else f"exit code {code}"
+        return f"the child process {self.process.pid} ended ({how})"
 
     def _too_late(self) -> StartupTimeoutError:
         message = f"the app did not start within startup_timeout={self._settings.startup_timeout:g} seconds"
@@ -332,6 +337,7 @@ class _Child:
     def _kill(self) -> None:
         self._killed = True
         self._kill_group()
+        self.process.kill()  # it may have left its group
 
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError, PermissionError):  # which has gone, or is going (macOS)
@@ -382,11 +388,22 @@ def _spawn(app: str, told: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], 
                 app,
             ],
             stdin=subprocess.DEVNULL,
+            stdout=_if_open(1),
+            stderr=_if_open(2),
             pass_fds=(*fds, *(fd for fd, _lent in told["listeners"])),
             process_group=0,  # the terminal's Ctrl+C is for the parent
         )
         undo.pop_all()
     return process, events, open(lifeline, "wb", buffering=0)
+
+
+def _if_open(descriptor: int) -> int | None:
+    """Let the child inherit a descriptor; or have the null device, where there is none."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return subprocess.DEVNULL
+    return None
 
 
 def _to_pass(app: object, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,13 @@ that can become JSON.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import importlib.util
+import os
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +23,7 @@ import uvicorn
 
 from aioserve._errors import ServingError, StartupInterruptedError
 from aioserve._serving import start_as
-from aioserve._signals import Signals
+from aioserve._signals import Signals, name_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,7 +75,19 @@ async def _serve(
     try:
         return await _serve_until_told(settings, tell, listeners, signals)
     finally:
+        for signum in settings.stop_on_signals:
+            signal.signal(signum, _leave)  # on top of ours, so that there is no moment without either
         signals.release()
+
+
+def _leave(signum: int, _frame: object) -> None:
+    """Handle a signal when the server has stopped, and the interpreter is on its way to the end."""
+    waiting_for = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+    if waiting_for:
+        names = ", ".join(each.name for each in waiting_for)
+        with contextlib.suppress(OSError):
+            os.write(2, f"aioserve: {name_of(signum)}: not waiting for what still runs: {names}\n".encode())
+        os._exit(FORCED)
 
 
 async def _serve_until_told(
@@ -103,11 +120,18 @@ async def _serve_until_told(
     return FORCED if error is not None or report is None or was_forced(report) else GRACEFUL
 
 
-def log_config(level: str) -> dict[str, Any]:
+def log_config(level: str | int | None) -> dict[str, Any]:
     """Return the logging of uvicorn's command line, but for two things: all of it on the standard error, and ours."""
     config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    config["loggers"]["aioserve"] = {"handlers": ["default"], "level": "DEBUG" if level == "trace" else level.upper()}
+    for formatter in config["formatters"].values():
+        formatter["use_colors"] = sys.stderr is not None and sys.stderr.isatty()  # not what the standard output is
+    if level is None or level == "trace":
+        level = "info" if level is None else "debug"
+    config["loggers"]["aioserve"] = {
+        "handlers": ["default"],
+        "level": level.upper() if isinstance(level, str) else level,
+    }
     return config
 
 
@@ -124,7 +148,9 @@ def in_json(error: BaseException) -> dict[str, Any]:
         "message": str(by_system.strerror or error),
         "errno": by_system.errno,
         "filename": by_system.filename,
-        "traceback": "".join(_traceback(error.__cause__))[-_TRACEBACK_LIMIT:],
+        "traceback": "".join(_traceback(error.__cause__ if isinstance(error, ServingError) else None))[
+            -_TRACEBACK_LIMIT:
+        ],
     }
 
 

@@ -31,7 +31,7 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from aioserve._engine import Engine, load
-from aioserve._errors import StartupInterruptedError
+from aioserve._errors import StartupError, StartupInterruptedError
 from aioserve._options import parse
 from aioserve._server import Closable, Server
 from aioserve._signals import Interrupted, Signals
@@ -216,6 +216,8 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
             listener.close()
         if isinstance(exc, Interrupted):
             raise interrupted(signals) from None
+        if isinstance(exc, StartupError) and signals.first is not None:
+            raise interrupted(signals) from exc
         raise
     signals.then(lambda: stop(server, signals))
     try:

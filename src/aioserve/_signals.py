@@ -104,8 +104,7 @@ class Signals:
         if self.first is None:
             self.first = name_of(signum)
         self._loop.call_soon_threadsafe(self._tell)  # which also wakes it up
-        interrupting, self._interrupting = self._interrupting, False
-        return interrupting
+        return self._interrupting  # each time: code that is imported may have swallowed the last one
 
     def _tell(self) -> None:
         if self._act is not None:
