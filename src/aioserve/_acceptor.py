@@ -68,7 +68,8 @@ class Acceptor:
     def start(self) -> None:
         self._serving = True
         for sock in self.sockets:
-            self._loop.add_reader(sock, self._accept, sock)
+            # By its number: of a socket that it does not know, a selector makes up a description that nobody reads.
+            self._loop.add_reader(sock.fileno(), self._accept, sock)
 
     def close(self) -> None:
         """
@@ -79,7 +80,7 @@ class Acceptor:
         if self._serving and not self._loop.is_closed():
             self._serving = False
             for listener in self._listeners:
-                self._loop.remove_reader(listener.socket)
+                self._loop.remove_reader(listener.socket.fileno())
                 listener.withdraw()
                 if not listener.lent and _is_readable(listener.socket):
                     self._accept(listener.socket)
@@ -159,11 +160,11 @@ class Acceptor:
 
     def _pause(self, sock: socket.socket, exc: OSError) -> None:
         logger.error("cannot accept: %s; trying again in %g second", exc.strerror, _ACCEPT_AGAIN_AFTER)
-        self._loop.remove_reader(sock)
+        self._loop.remove_reader(sock.fileno())
         self._retries[sock] = self._loop.call_later(_ACCEPT_AGAIN_AFTER, self._resume, sock)
 
     def _resume(self, sock: socket.socket) -> None:
-        self._loop.add_reader(sock, self._accept, sock)
+        self._loop.add_reader(sock.fileno(), self._accept, sock)
 
 
 def _is_readable(sock: socket.socket) -> bool:
