@@ -1,0 +1,3 @@
+"""
+What the benchmarks share: the peers, the clients, other interpreters, and how to measure in turn and print.
+"""
