@@ -5,111 +5,188 @@ Timed, in turn, in one process and one loop, after a warm-up:
 
 - bare: `asyncio.start_server()` opened and closed; nobody can be faster
 - aioserve: `async with serving(app): pass`, with the app's lifespan
-- task: `uvicorn.Server.serve()` as a task, `started` looked at on every loop turn, `should_exit` set
-- thread: `uvicorn.Server.run()` in a thread, `started` polled every millisecond, `should_exit` set, the thread joined
+- aiohttp (an `AppRunner` and a `TCPSite`; once with one `Application` for all, once with one for each), hypercorn,
+  h2corn and granian in the same loop, as `common/peers.py` has them
+- uvicorn, task: `uvicorn.Server.serve()` as a task, `started` looked at on every loop turn, `should_exit` set
+- uvicorn, thread: `uvicorn.Server.run()` in a thread, `started` polled every millisecond, `should_exit` set, joined
+- uvicorn, fork and spawn: the same in a process of `multiprocessing`, from a process that does nothing else; connected
+  to every 10 ms until it accepts, terminated, joined
 
-Printed: the median of each as a ratio to the bare one, then in milliseconds.
+And cold: a new interpreter that imports, starts, stops and ends; aioserve, aiohttp and uvicorn in a thread.
 
-    python benchmarks/start_stop.py [--rounds 50]
+    python benchmarks/start_stop.py [--rounds 200] [--loop asyncio] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
-import platform
-import statistics
-import threading
+import multiprocessing
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
-from typing import Any
-
-import uvicorn
 
 from aioserve import serving
+from common import children, measuring, peers
 
+PROCESSES = ("fork", "spawn")
 
-async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Do what the lifespan protocol asks for, and no more."""
-    assert scope["type"] == "lifespan"
+COLD = {
+    "bare": """
+import asyncio
+
+async def main():
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    server.close()
+    await server.wait_closed()
+
+asyncio.run(main())
+""",
+    "aioserve": """
+import asyncio
+from aioserve import serving
+{app}
+async def main():
+    async with serving(app):
+        pass
+
+asyncio.run(main())
+""",
+    "aiohttp": """
+import asyncio
+from aiohttp import web
+
+async def main():
+    runner = web.AppRunner(web.Application(), access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await runner.cleanup()
+
+asyncio.run(main())
+""",
+    "uvicorn, thread": """
+import threading, time
+import uvicorn
+{app}
+server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+thread = threading.Thread(target=server.run)
+thread.start()
+while not server.started:
+    time.sleep(0.001)
+server.should_exit = True
+thread.join()
+""",
+}
+
+APP = """
+async def app(scope, receive, send):
     await receive()
     await send({"type": "lifespan.startup.complete"})
     await receive()
     await send({"type": "lifespan.shutdown.complete"})
-
-
-def config() -> uvicorn.Config:
-    """Make what both of uvicorn's ways are given; ours defaults to the same."""
-    return uvicorn.Config(app, port=0, log_config=None)
+"""
 
 
 async def bare() -> None:
     """Open and close a socket, with asyncio's streams behind it."""
-    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    server = await asyncio.start_server(lambda reader, writer: None, peers.HOST, 0, backlog=peers.BACKLOG)
     server.close()
     await server.wait_closed()
 
 
 async def aioserve() -> None:
     """Enter and leave the block."""
-    async with serving(app):
+    async with serving(peers.app):
         pass
 
 
-async def task() -> None:
-    """Run uvicorn as a task, as patiently as a loop allows; without its signal handlers, which are not asked about."""
-    server = uvicorn.Server(config())
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    running = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0)
-    server.should_exit = True
-    await running
+def cycle(start: peers.Start) -> Callable[[], Awaitable[None]]:
+    """Start and stop another."""
+
+    async def start_and_stop() -> None:
+        running = await start()
+        await running.stop()
+
+    return start_and_stop
 
 
-async def thread() -> None:
-    """Run uvicorn in a thread, as the popular snippet does."""
-    server = uvicorn.Server(config())
-    running = threading.Thread(target=server.run)
-    running.start()
-    while not server.started:
-        time.sleep(0.001)  # noqa: ASYNC251 (the snippet's way)
-    server.should_exit = True
-    running.join()
+def in_process(child: children.Child) -> Callable[[], Awaitable[float]]:
+    """Let a child do it with a process of its own."""
+
+    async def timing() -> float:
+        took: float = child.ask("again")
+        return took
+
+    return timing
 
 
-WAYS: dict[str, Callable[[], Awaitable[None]]] = {
-    "bare": bare,
-    "aioserve": aioserve,
-    "task": task,
-    "thread": thread,
-}
-# The slow ones take hundreds of times longer, and tell as much in fewer rounds.
-EVERY = {"bare": 1, "aioserve": 1, "task": 10, "thread": 10}
+def run_uvicorn(port: int) -> None:
+    """What the process does."""
+    import uvicorn
+
+    uvicorn.run(peers.app, port=port, log_config=None)
 
 
-async def measure(rounds: int) -> dict[str, float]:
-    """Return the median of each way, in milliseconds."""
-    took: dict[str, list[float]] = {name: [] for name in WAYS}
-    for number in range(-10, rounds):
-        for name, way in WAYS.items():
-            if number % EVERY[name]:
-                continue
-            before = time.perf_counter()
-            await way()
-            if number >= 0:
-                took[name].append((time.perf_counter() - before) * 1000)
-    return {name: statistics.median(each) for name, each in took.items()}
+async def be_the_parent(method: str) -> None:
+    """Start and stop a process, each time when told to."""
+    context = multiprocessing.get_context(method)
+    async for _ in children.questions():
+        with socket.socket() as free:
+            free.bind((peers.HOST, 0))
+            port = free.getsockname()[1]
+        before = time.perf_counter()
+        process = context.Process(target=run_uvicorn, args=(port,))  # type: ignore[attr-defined]
+        process.start()
+        while True:
+            try:
+                socket.create_connection((peers.HOST, port)).close()
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+            else:
+                break
+        process.terminate()
+        process.join()
+        children.reply(time.perf_counter() - before)
+
+
+def cold(program: str) -> Callable[[], Awaitable[float]]:
+    """Run it in a new interpreter."""
+
+    async def run() -> None:
+        command = [sys.executable, "-c", program.replace("{app}", APP)]
+        subprocess.run(command, check=True, env=children.COMPILED)  # noqa: ASYNC221
+
+    return measuring.timed(run)
+
+
+async def main(rounds: int, processes: dict[str, children.Child]) -> tuple[dict[str, list[float]], ...]:
+    """Measure both, warm and cold."""
+    ways: dict[str, Callable[[], Awaitable[float]]] = {
+        name: measuring.timed(cycle(make())) for name, make in peers.PEERS.items() if name not in ("bare", "aioserve")
+    }
+    ways = {"bare": measuring.timed(bare), "aioserve": measuring.timed(aioserve), **ways}
+    ways.update({f"uvicorn, {method}": in_process(child) for method, child in processes.items()})
+    # The slow ones take thousands of times longer, and tell as much in fewer rounds.
+    every = {name: 20 for name in ways if name.startswith("uvicorn")}
+    warm = await measuring.in_turn(ways, rounds, every=every)
+    cold_ways = {name: cold(program) for name, program in COLD.items()}
+    return warm, await measuring.in_turn(cold_ways, max(rounds // 10, min(rounds, 5)), warm_up=1)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time the start and stop of an idle server.")
-    parser.add_argument("--rounds", type=int, default=200, help="how often to time each; default: 200")
-    medians = asyncio.run(measure(parser.parse_args().rounds))
+    parser = measuring.parser(__doc__, rounds=200)
+    parser.add_argument("--parent", choices=PROCESSES, help="for its own use")
+    arguments = parser.parse_args()
+    if arguments.parent:
+        asyncio.run(be_the_parent(arguments.parent))
+        sys.exit()
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("aioserve-asgi", "uvicorn", "anyio"))
-    print(f"Python {platform.python_version()}, {packages}, {platform.platform(terse=True)}")
-    for name, median in medians.items():
-        print(f"{name:9} {median / medians['bare']:9.1f} x bare {median:9.3f} ms")
+    # granian keeps a descriptor of each.
+    measuring.more_descriptors(12_000)
+    report = measuring.Report(__file__, arguments)
+    with children.Child(__file__, "--parent", "fork") as fork, children.Child(__file__, "--parent", "spawn") as spawn:
+        warm, new = measuring.run(main(arguments.rounds, {"fork": fork, "spawn": spawn}), arguments.loop)
+    report.times("start and stop", warm)
+    report.times("start and stop, cold", new)
+    report.write()
