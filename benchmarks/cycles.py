@@ -86,9 +86,13 @@ def main(arguments: Any) -> int:
     """Return whether something of ours stays."""
     report = measuring.Report(__file__, arguments)
     cycles = arguments.rounds * PER_ROUND
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in NAMES:
-        plain, traced = count_apart(name, arguments, "plain"), count_apart(name, arguments, "traced")
+        try:
+            plain, traced = count_apart(name, arguments, "plain"), count_apart(name, arguments, "traced")
+        except subprocess.CalledProcessError:
+            rows[name] = {"flat": "no: it failed"}  # for want of descriptors, say
+            continue
         grown = (traced[-1]["traced"] - traced[1]["traced"]) / (cycles / 2)
         whole = {key: [each[key] for each in plain] for key in ("descriptors", "threads", "tasks")}
         flat = grown < FLAT and all(numbers[-1] <= numbers[0] for numbers in whole.values())
@@ -101,7 +105,7 @@ def main(arguments: Any) -> int:
         }
     report.table(f"beginning, middle and end of {cycles} cycles", rows)
     report.write()
-    return int(rows["aioserve"]["flat"] == "no")
+    return int(rows["aioserve"]["flat"] != "yes")
 
 
 if __name__ == "__main__":

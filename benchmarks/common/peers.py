@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 HOST = "127.0.0.1"
 BACKLOG = 2048
@@ -68,9 +68,8 @@ def bare() -> Start:
         gone: asyncio.Event
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            assert isinstance(transport, asyncio.Transport)
-            self.transport = transport
-            transports.add(transport)
+            self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+            transports.add(self.transport)
 
         def data_received(self, data: bytes) -> None:
             self.transport.write(HELLO)
