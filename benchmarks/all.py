@@ -1,0 +1,99 @@
+"""
+Ask all the questions, and say the answers in the README and in its picture.
+
+    python benchmarks/all.py                 measure everything, which takes half an hour on a quiet machine
+    python benchmarks/all.py --again         write the README's figures and the picture from what was measured last
+    python benchmarks/all.py --rounds 5      see whether all of it runs, in a few minutes; nothing is kept
+
+It needs the extra `bench`, and wrk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import showing
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+PICTURE = HERE / "start_stop.svg"
+RESULTS = HERE / "results"
+
+RUNS = {
+    "start_stop-asyncio": ["start_stop.py"],
+    "start_stop-uvloop": ["start_stop.py", "--loop", "uvloop"],
+    "first_byte-asyncio": ["first_byte.py"],
+    "first_byte-uvloop": ["first_byte.py", "--loop", "uvloop"],
+    "stop_with_clients-asyncio": ["stop_with_clients.py"],
+    "stop_with_clients-uvloop": ["stop_with_clients.py", "--loop", "uvloop"],
+    **{
+        f"throughput-{http}-{loop}": ["throughput.py", "--http", http, "--loop", loop]
+        for http in ("h11", "httptools", "zttp")
+        for loop in ("asyncio", "uvloop")
+    },
+    "idle-asyncio": ["idle.py"],
+    "many_servers-asyncio": ["many_servers.py"],
+    "many_servers-uvloop": ["many_servers.py", "--loop", "uvloop"],
+    "cycles-asyncio": ["cycles.py"],
+    "cycles-uvloop": ["cycles.py", "--loop", "uvloop"],
+    "imports": ["imports.py"],
+}
+NOT_IN_QUICK = ("stop_with_clients-uvloop", "many_servers-uvloop", "cycles-uvloop")
+
+
+def measure(folder: Path, rounds: int | None) -> list[str]:
+    """Run the scripts, with their own numbers of rounds or with this one; return those that failed."""
+    options = [] if rounds is None else ["--rounds", str(rounds)]
+    commands = {name: [*run, "--json", str(folder / f"{name}.json")] for name, run in RUNS.items()}
+    commands["restarts"] = ["restarts.py"]  # it counts, and its counts are not shown
+    if rounds is not None:
+        commands = {name: command for name, command in commands.items() if name not in NOT_IN_QUICK}
+    failed = []
+    for name, (script, *rest) in commands.items():
+        print(f"\n=== {name}", flush=True)
+        began = time.perf_counter()
+        if subprocess.run([sys.executable, str(HERE / script), *rest, *options], check=False).returncode:
+            failed.append(name)
+        print(f"({time.perf_counter() - began:.0f} s)", flush=True)
+    return failed
+
+
+def show(folder: Path, readme: Path, picture: Path) -> None:
+    """Write what came out."""
+    results = showing.read(folder)
+    picture.write_text(showing.picture(results))
+    showing.put_into(readme, showing.tables(results))
+
+
+def main() -> int:
+    """Return how many scripts failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, help="for each script; nothing is kept")
+    parser.add_argument("--again", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+
+    if arguments.rounds is None:
+        RESULTS.mkdir(exist_ok=True)
+        failed = [] if arguments.again else measure(RESULTS, None)
+        if not failed:
+            show(RESULTS, README, PICTURE)
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            failed = measure(folder, arguments.rounds)
+            copy = folder / "README.md"
+            copy.write_text(README.read_text())
+            if not failed:
+                show(folder, copy, folder / "start_stop.svg")
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
