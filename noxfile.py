@@ -130,6 +130,12 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Whether the benchmarks run; what they measure takes more rounds."""
-    session.install(*NEWEST, ".[test]")
-    for script in sorted((HERE / "benchmarks").glob("*.py")):
-        session.run("python", str(script), "--rounds", "5")
+    session.install(*NEWEST, ".[bench]")
+    session.run("python", "benchmarks/all.py", "--rounds", "5")
+
+
+@nox.session
+def measure(session: nox.Session) -> None:
+    """The benchmarks' figures, for the README; on a quiet machine."""
+    session.install(*NEWEST, ".[bench]")
+    session.run("python", "benchmarks/all.py", *session.posargs)
