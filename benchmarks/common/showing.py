@@ -106,13 +106,13 @@ def tables(results: Results) -> str:
     )
     imports = results["imports"]["tables"]["import"]
     cycles, rows = next(iter(results["cycles-asyncio"]["tables"].items()))
-    stays = "nothing stays" if rows["aioserve"]["flat"] == "yes" else "something stays"
+    ours = rows["aioserve"]
+    descriptors, threads, tasks = (ours[key].split() for key in ("descriptors", "threads", "tasks"))
     said = [
         f"An idle server wakes up {ours_wakes:.0f} times a second (uvicorn's: {theirs_wake:.0f}).",
-        f"At the end of {cycles.partition(' of ')[2]} of start and stop, {stays}:",
-        f"{rows['aioserve']['bytes a cycle']:.1f} bytes a cycle,",
-        f"and as many descriptors, threads and tasks as before ({rows['aioserve']['descriptors'].split()[-1]},",
-        f"{rows['aioserve']['threads'].split()[-1]}, {rows['aioserve']['tasks'].split()[-1]}).",
+        f"In {int(cycles.split()[-2]):,} cycles of start and stop, the program's descriptors go",
+        f"from {descriptors[0]} to {descriptors[-1]}, its threads from {threads[0]} to {threads[-1]}, its tasks from",
+        f"{tasks[0]} to {tasks[-1]}, and its memory grows by {ours['bytes a cycle']:.1f} bytes a cycle.",
         f"Importing takes {imports['uvicorn, anyio -> serving']['median']:.1f} ms beyond `import uvicorn, anyio`.",
     ]
     if "pytest -> plugin" in imports:
