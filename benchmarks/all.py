@@ -50,7 +50,7 @@ def measure(folder: Path, rounds: int | None) -> list[str]:
     """Run the scripts, with their own numbers of rounds or with this one; return those that failed."""
     options = [] if rounds is None else ["--rounds", str(rounds)]
     commands = {name: [*run, "--json", str(folder / f"{name}.json")] for name, run in RUNS.items()}
-    commands["restarts"] = ["restarts.py"]  # it counts, and its counts are not shown
+    commands |= {"restarts": ["restarts.py"], "fixtures": ["fixtures.py"]}  # what these find is not shown
     if rounds is not None:
         commands = {name: command for name, command in commands.items() if name not in NOT_IN_QUICK}
     failed = []

@@ -71,7 +71,7 @@ async def test_a_literal_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     def no_thread(*args: object, **kwargs: object) -> None:
         raise AssertionError("a thread was made")
 
-    monkeypatch.setattr(_sockets, "ThreadPoolExecutor", no_thread)
+    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor", no_thread)
     for host in ("127.0.0.1", "::1", "localhost", None):
         async with serving(App(), host=host):
             pass

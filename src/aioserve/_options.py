@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import difflib
 import functools
 import inspect
 import os
@@ -21,11 +19,20 @@ import warnings
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from configparser import RawConfigParser
 from ssl import PROTOCOL_TLS_CLIENT, SSLContext
-from typing import IO, Any, Literal, TypeAlias, TypedDict
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import uvicorn
 
-from aioserve._sockets import Host, Inherited, Lent, Systemd, Tcp, Unix, Where, check_lent
+from aioserve._sockets import (
+    Host,
+    Listen,
+    at_path,
+    check_lent,
+    on_addresses,
+    on_descriptors,
+    on_lent,
+    on_systemds,
+)
 
 Scope: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]
@@ -131,12 +138,12 @@ _CHOICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What was asked for, checked."""
 
     config: uvicorn.Config
-    where: Where
+    listen: Listen
+    """Where, has been said."""
     notify_systemd: tuple[str, ...]
     """Of which states: "READY=1", "STOPPING=1"."""
     ssl: SSLContext | None
@@ -188,7 +195,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     if isinstance(app, str) and not all(app.partition(":")):
         raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
 
-    where = _where(options)
+    listen = _how_to_listen(options)
     ssl = _check_ssl(options)
     _check_values(options)
     timeouts = _timeouts(options)
@@ -201,7 +208,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     config = uvicorn.Config(app, **{"log_config": None, **passed})
     return Settings(
         config=config,
-        where=where,
+        listen=listen,
         notify_systemd=_notify_systemd(options.get("systemd")),
         ssl=ssl,
         access_log=access_log,
@@ -239,7 +246,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         _warn(f"ignored {ignored} of the uvicorn.Config, which cannot apply inside a running program")
     return Settings(
         config=config,
-        where=_where(said),
+        listen=_how_to_listen(said),
         notify_systemd=(),
         ssl=None,
         access_log=config.access_log,
@@ -280,6 +287,8 @@ def _check_name(name: str) -> None:
     if name in REFUSED:
         raise TypeError(f"option {name!r} is not for a server inside a running program: {REFUSED[name]}")
     if name not in Options.__optional_keys__:
+        import difflib  # for those who mistype only
+
         near = difflib.get_close_matches(name, Options.__optional_keys__, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"there is no option {name!r}{hint}")
@@ -319,7 +328,7 @@ def _check_port(port: object) -> int:
     return port
 
 
-def _where(options: Mapping[str, Any]) -> Where:
+def _how_to_listen(options: Mapping[str, Any]) -> Listen:
     """Return where to listen: one kind of thing only, and before that what systemd hands down, if it is to be asked."""
     tcp = [name for name in ("host", "port") if name in options]
     if _check_flag("reuse_port", options.get("reuse_port", False)):
@@ -335,20 +344,21 @@ def _where(options: Mapping[str, Any]) -> Where:
     if "uds_mode" in options and "uds" not in others:
         raise TypeError("uds_mode needs uds with it")
 
-    where: Where
+    listen: Listen
     if "uds" in others:
-        where = Unix(_check_uds(options["uds"]), _check_uds_mode(options.get("uds_mode", _UDS_MODE)))
+        mode = _check_uds_mode(options.get("uds_mode", _UDS_MODE))
+        listen = functools.partial(at_path, _check_uds(options["uds"]), mode)
     elif "fd" in others:
-        where = Inherited([_check_fd(options["fd"])])
+        listen = functools.partial(on_descriptors, [_check_fd(options["fd"])])
     elif "sockets" in others:
-        where = Lent(_check_sockets(options["sockets"]))
+        listen = functools.partial(on_lent, _check_sockets(options["sockets"]))
     else:
         host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
-        where = Tcp(host, port, reuse_port="reuse_port" in tcp)
+        listen = functools.partial(on_addresses, host, port, reuse_port="reuse_port" in tcp)
 
     systemd = options.get("systemd", False)
     if systemd is False or systemd is None:
-        return where
+        return listen
     if systemd is not True and not isinstance(systemd, str):
         raise TypeError(f"systemd must be True, False or the name of a socket, not {systemd!r}")
     if systemd is not True and (not systemd or ":" in systemd):
@@ -357,7 +367,7 @@ def _where(options: Mapping[str, Any]) -> Where:
         raise TypeError(
             f"systemd and {said[0]} are in conflict: a server listens on one kind of thing; give one of them"
         )
-    return Systemd(None if systemd is True else systemd, where if said else None)
+    return functools.partial(on_systemds, None if systemd is True else systemd, listen if said else None)
 
 
 def _notify_systemd(systemd: object) -> tuple[str, ...]:

@@ -28,7 +28,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
 
 from aioserve._engine import Engine, load
 from aioserve._errors import StartupError, StartupInterruptedError
@@ -232,10 +231,10 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
 async def listen(settings: Settings, signals: Signals) -> list[Listener]:
     """Listen where the settings say, unless a signal comes."""
     if not settings.stop_on_signals:
-        return await settings.where.listen(settings.config.backlog)
+        return await settings.listen(backlog=settings.config.backlog)
     async with Interruptible() as listening:
         signals.then(listening.interrupt)
-        return await settings.where.listen(settings.config.backlog)
+        return await settings.listen(backlog=settings.config.backlog)
     raise interrupted(signals)
 
 
@@ -286,6 +285,8 @@ class Interruptible:
             return False
         # If an anyio scope is cancelled as well, the two have come as one. The scope would not know ours for its own,
         # and would let it pass; here it can put in its own.
+        from anyio.lowlevel import checkpoint_if_cancelled  # for those who meet it only
+
         await checkpoint_if_cancelled()
         return not others  # ours alone: what comes next says why
 

@@ -13,10 +13,8 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote
@@ -90,10 +88,10 @@ class Listener:
         self.socket.close()
 
 
-class Where(Protocol):
-    """What was asked for."""
+class Listen(Protocol):
+    """What was asked for, and has only to be done."""
 
-    async def listen(self, backlog: int) -> list[Listener]:
+    def __call__(self, *, backlog: int) -> Awaitable[list[Listener]]:
         """
         Listen on all of it, or on none.
 
@@ -105,108 +103,80 @@ class Where(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Tcp:
+async def on_addresses(host: Host, port: int, *, reuse_port: bool = False, backlog: int) -> list[Listener]:
     """
-    Addresses.
+    Listen on all addresses of a host.
 
     Args:
         host: A name or an address, or a sequence of them; `None` for every interface, IPv4 and IPv6.
         port: 0 takes a free one, the same on every address.
         reuse_port: Whether others may listen on the same port, and have their share of the connections.
+        backlog: As in `Listen`.
     """
+    hosts = [host] if host is None or isinstance(host, str) else host
+    addresses = [address for each in hosts for address in await _resolve(each)]
+    unique = list({address.sockaddr: address for address in addresses}.values())
 
-    host: Host
-    port: int
-    reuse_port: bool = False
-
-    async def listen(self, backlog: int) -> list[Listener]:
-        hosts = [self.host] if self.host is None or isinstance(self.host, str) else self.host
-        addresses = [address for each in hosts for address in await _resolve(each)]
-        unique = list({address.sockaddr: address for address in addresses}.values())
-
-        for _ in range(_SAME_PORT_ATTEMPTS if self.port == 0 else 1):
-            try:
-                sockets = _listen_on_all(unique, self.port, backlog, reuse_port=self.reuse_port)
-                return [Listener(sock) for sock in sockets]
-            except OSError as exc:
-                last = exc
-                if exc.errno != errno.EADDRINUSE:
-                    break
-        hint = _HINTS.get(last.errno or 0)
-        if last.errno == errno.EADDRINUSE and self.port == 0:
-            hint = "no port is free on all of the addresses; does one of them cover another?" if unique[1:] else None
-        if hint is not None:
-            last = OSError(last.errno, f"{last.strerror}; {hint}")
-        raise last from None  # the system's own error says the same in fewer words
+    for _ in range(_SAME_PORT_ATTEMPTS if port == 0 else 1):
+        try:
+            return [Listener(sock) for sock in _listen_on_all(unique, port, backlog, reuse_port=reuse_port)]
+        except OSError as exc:
+            last = exc
+            if exc.errno != errno.EADDRINUSE:
+                break
+    hint = _HINTS.get(last.errno or 0)
+    if last.errno == errno.EADDRINUSE and port == 0:
+        hint = "no port is free on all of the addresses; does one of them cover another?" if unique[1:] else None
+    if hint is not None:
+        last = OSError(last.errno, f"{last.strerror}; {hint}")
+    raise last from None  # the system's own error says the same in fewer words
 
 
-@dataclass(frozen=True, slots=True)
-class Unix:
-    """A path, and the mode of the file there."""
-
-    path: str
-    mode: int
-
-    async def listen(self, backlog: int) -> list[Listener]:
-        sock, place = await _unix.listen(self.path, self.mode, backlog=backlog)
-        return [Listener(sock, place=place)]
+async def at_path(path: str, mode: int, *, backlog: int) -> list[Listener]:
+    """Listen at a path, with a mode for the file there."""
+    sock, place = await _unix.listen(path, mode, backlog=backlog)
+    return [Listener(sock, place=place)]
 
 
-@dataclass(frozen=True, slots=True)
-class Lent:
+async def on_lent(sockets: Sequence[socket.socket], *, backlog: int) -> list[Listener]:
     """
-    Sockets that the caller has bound.
+    Listen on sockets that the caller has bound.
 
     The originals stay the caller's, open and non-blocking: that is shared with every duplicate, and to put it back
     would freeze whoever else has one. With duplicates, several servers can accept on one socket.
     """
-
-    sockets: Sequence[socket.socket]
-
-    async def listen(self, backlog: int) -> list[Listener]:
-        for sock in self.sockets:
-            sock.setblocking(False)
-        return _borrow(((repr(sock), sock.dup) for sock in self.sockets), backlog)
+    for sock in sockets:
+        sock.setblocking(False)
+    return _borrow(((repr(sock), sock.dup) for sock in sockets), backlog)
 
 
-@dataclass(frozen=True, slots=True)
-class Inherited:
-    """The same, by their descriptors."""
-
-    descriptors: Sequence[int]
-
-    async def listen(self, backlog: int) -> list[Listener]:
-        return _borrow(((f"descriptor {each}", partial(_duplicate, each)) for each in self.descriptors), backlog)
+async def on_descriptors(descriptors: Sequence[int], *, backlog: int) -> list[Listener]:
+    """Do the same, by their descriptors."""
+    return _borrow(((f"descriptor {each}", partial(_duplicate, each)) for each in descriptors), backlog)
 
 
-@dataclass(frozen=True, slots=True)
-class Systemd:
+async def on_systemds(name: str | None, otherwise: Listen | None, *, backlog: int) -> list[Listener]:
     """
-    What systemd hands down.
+    Listen on what systemd hands down.
 
     Args:
         name: Which of it, by the unit's `FileDescriptorName`; `None` for all.
         otherwise: Where to listen if it hands down nothing.
+        backlog: As in `Listen`.
     """
-
-    name: str | None
-    otherwise: Where | None
-
-    async def listen(self, backlog: int) -> list[Listener]:
-        descriptors = _systemd.listen_fds(self.name)
-        if descriptors:
-            return await Inherited(descriptors).listen(backlog)
-        if self.otherwise is not None:
-            return await self.otherwise.listen(backlog)
-        named = "" if self.name is None else f" of the name {self.name!r}"
-        if self.name is not None and _systemd.listen_fds():
-            named += f" (but {', '.join(map(repr, _systemd.names()))})"
-        raise OSError(
-            errno.ENOENT,
-            f"systemd has handed down no socket{named} to this process (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES in its "
-            "environment say so); start it by its socket unit, or say as well where to listen without one",
-        )
+    descriptors = _systemd.listen_fds(name)
+    if descriptors:
+        return await on_descriptors(descriptors, backlog=backlog)
+    if otherwise is not None:
+        return await otherwise(backlog=backlog)
+    named = "" if name is None else f" of the name {name!r}"
+    if name is not None and _systemd.listen_fds():
+        named += f" (but {', '.join(map(repr, _systemd.names()))})"
+    raise OSError(
+        errno.ENOENT,
+        f"systemd has handed down no socket{named} to this process (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES in its "
+        "environment say so); start it by its socket unit, or say as well where to listen without one",
+    )
 
 
 def _link(index: int) -> str:
@@ -326,6 +296,8 @@ async def _resolve(host: str | None) -> list[_Address]:
 
     # A name. Asking can take seconds, hence a thread; and loop.getaddrinfo() would leave one of the default executor
     # behind, hence one of our own, which ends with its answer.
+    from concurrent.futures import ThreadPoolExecutor  # for those who need it only
+
     executor = ThreadPoolExecutor(1, thread_name_prefix="aioserve-resolve")
     try:
         found = await asyncio.get_running_loop().run_in_executor(executor, _getaddrinfo, host, socket.AI_PASSIVE)
