@@ -448,18 +448,21 @@ class Engine(uvicorn.Server):
             self._tick()
 
     def connection_removed(self, connection: Any) -> None:
-        _let_go_of_timer(connection)
-        if connection.transport.is_closing():
-            self.acceptor.forget(connection.transport)
-        lingering = self._lingering.get(connection)
-        if lingering is not None:
-            lingering.end()
-        # The legacy WebSocket protocol has tasks that outlive it by some turns.
-        for name in ("handler_task", "close_connection_task"):
-            task = getattr(connection, name, None)
-            if task is not None and not task.done():
-                self._background.add(task)
-                task.add_done_callback(self._background.discard)
+        if hasattr(connection, "cycle"):
+            _let_go_of_timer(connection)
+        else:
+            # The legacy WebSocket protocol has tasks that outlive it by some turns.
+            for name in ("handler_task", "close_connection_task"):
+                task = getattr(connection, name, None)
+                if task is not None and not task.done():
+                    self._background.add(task)
+                    task.add_done_callback(self._background.discard)
+        if self.config.ssl is not None:
+            if connection.transport.is_closing():
+                self.acceptor.forget(connection.transport)
+            lingering = self._lingering.get(connection)
+            if lingering is not None:
+                lingering.end()
         if self._leaving:
             self.waiting.notify()
 
@@ -645,10 +648,10 @@ class _LastHeaders(list[tuple[bytes, bytes]]):
 
 def _let_go_of_timer(connection: Any) -> None:
     """Let a connection that has gone, or has become a WebSocket, leave no keep-alive timer; nor set one later on."""
-    timer = getattr(connection, "timeout_keep_alive_task", None)
+    timer = connection.timeout_keep_alive_task
     if timer is not None:
         timer.cancel()
-    cycle = getattr(connection, "cycle", None)
+    cycle = connection.cycle
     if cycle is not None and not cycle.response_complete:
         # An upgrade that came in one packet with a request before it: the answer to that is still to come.
         on_response = cycle.on_response
