@@ -33,7 +33,7 @@ from aioserve._errors import (
 from aioserve._lifespan import Lifespan
 from aioserve._options import WHERE, check, parse
 from aioserve._server import Closable
-from aioserve._serving import Body, check_backend, interrupted, listen, stop
+from aioserve._serving import Body, check_backend, listen, wait_started
 from aioserve._shutdown import HeldUp, Report, longest
 from aioserve._signals import Signals, name_of
 from aioserve._systemd import notify
@@ -130,13 +130,7 @@ async def serving_process(app: str, **options: Unpack[Options]) -> AsyncIterator
     try:
         listeners = await listen(settings, signals)
         server = ServerProcess(_Child(app, passed, settings, listeners))
-        signals.then(lambda: stop(server, signals))
-        try:
-            await server._wait_started()
-        except StartupInterruptedError:
-            if signals.first is not None:
-                raise interrupted(signals) from None
-            raise
+        await wait_started(server, signals)
         async with server, Body(server, signals):
             yield server
     finally:

@@ -218,6 +218,12 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
         if isinstance(exc, StartupError) and signals.first is not None:
             raise interrupted(signals) from exc
         raise
+    await wait_started(server, signals)
+    return server
+
+
+async def wait_started(server: Closable, signals: Signals) -> None:
+    """Wait until it has started, unless a signal comes."""
     signals.then(lambda: stop(server, signals))
     try:
         await server._wait_started()
@@ -225,7 +231,6 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
         if signals.first is not None:
             raise interrupted(signals) from None
         raise
-    return server
 
 
 async def listen(settings: Settings, signals: Signals) -> list[Listener]:
