@@ -30,14 +30,17 @@ class Waiting:
 
     def __init__(self) -> None:
         self.forced: bool = False
-        self._changed = asyncio.Event()
+        self._changed = False
+        self._sleeper: asyncio.Future[None] | None = None
 
     def notify(self) -> None:
-        self._changed.set()
+        self._changed = True
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
 
     def force(self) -> None:
         self.forced = True
-        self._changed.set()
+        self.notify()
 
     async def wait_for(
         self, predicate: Callable[[], bool], timeout: float | None = None, *, even_if_forced: bool = False
@@ -58,7 +61,7 @@ class Waiting:
         def expire() -> None:
             nonlocal expired
             expired = True
-            self._changed.set()
+            self.notify()
 
         timer = None
         if timeout is not None:
@@ -72,10 +75,12 @@ class Waiting:
         try:
             while True:
                 # Before looking: a signal handler may change something at any point from here on.
-                self._changed.clear()
+                self._changed = False
                 if over():
                     break
-                await self._sleep(self._changed.wait())
+                self._sleeper = asyncio.get_running_loop().create_future()
+                if not self._changed:
+                    await self._sleep(self._sleeper)
         finally:
             if timer is not None:
                 timer.cancel()
