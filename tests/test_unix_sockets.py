@@ -697,7 +697,9 @@ async def test_the_file_is_gone_when_the_start_is_cancelled(path: str, tmp_path:
     assert os.listdir(tmp_path) == []
 
 
-async def test_the_file_is_gone_at_whatever_moment_the_start_is_cancelled(path: str, tmp_path: Path) -> None:
+async def test_the_file_is_gone_at_whatever_moment_the_start_is_cancelled(
+    path: str, tmp_path: Path, loop_name: str
+) -> None:
     """In every turn of the loop until it has started."""
     for turn in range(100):
         task = asyncio.create_task(start(App(), uds=path))
@@ -706,7 +708,7 @@ async def test_the_file_is_gone_at_whatever_moment_the_start_is_cancelled(path: 
         if not task.cancelled():
             break
         assert os.listdir(tmp_path) == []
-    assert turn > 3
+    assert turn > 3 or loop_name == "eager"  # where it has started before anybody can cancel it
     await task.result().aclose()
     assert os.listdir(tmp_path) == []
 
