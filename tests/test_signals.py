@@ -554,6 +554,7 @@ def test_an_import_that_swallows_the_first_signal_is_ended_by_the_second() -> No
         program.wait_until_asleep()
         program.send(signal.SIGTERM)
         assert program.end() == (0, "")
+    assert program.said == ["importing", "swallowed"]
 
 
 SWALLOWING = """

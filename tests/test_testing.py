@@ -484,6 +484,18 @@ async def test_a_timer_that_repeats_itself_is_no_leak() -> None:
     timer.cancel()
 
 
+@pytest.mark.parametrize("loop_name", ["asyncio"])
+async def test_a_second_timer_that_does_the_same_is_a_leak() -> None:
+    """There was one, and there are two. (uvloop does not show its timers.)"""
+    loop = asyncio.get_running_loop()
+    timers = [loop.call_later(60, print)]
+    with pytest.raises(AssertionError, match="a timer: <TimerHandle"):
+        async with assert_nothing_left():
+            timers.append(loop.call_later(60, print))
+    for timer in timers:
+        timer.cancel()
+
+
 @pytest.mark.usefixtures("short_grace")
 async def test_a_handler_that_is_stuck_is_told_where_nobody_captures_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop waits for it when it closes, and so pytest may never come to tell what it has captured."""
@@ -511,3 +523,4 @@ def test_live_servers_can_be_started_by_many_threads() -> None:
     with LiveServers() as servers, ThreadPoolExecutor(8) as executor:
         started = list(executor.map(lambda _: servers.start(App()), range(8)))
         assert len({server.url for server in started}) == 8
+        assert len({server._loop for server in started}) == 1

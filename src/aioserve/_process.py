@@ -382,22 +382,11 @@ def _spawn(app: str, told: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], 
                 app,
             ],
             stdin=subprocess.DEVNULL,
-            stdout=_if_open(1),
-            stderr=_if_open(2),
             pass_fds=(*fds, *(fd for fd, _lent in told["listeners"])),
             process_group=0,  # the terminal's Ctrl+C is for the parent
         )
         undo.pop_all()
     return process, events, open(lifeline, "wb", buffering=0)
-
-
-def _if_open(descriptor: int) -> int | None:
-    """Let the child inherit a descriptor; or have the null device, where there is none."""
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return subprocess.DEVNULL
-    return None
 
 
 def _to_pass(app: object, options: Mapping[str, Any]) -> dict[str, Any]:
