@@ -109,7 +109,6 @@ class Engine(uvicorn.Server):
         self.closed: asyncio.Event = asyncio.Event()
 
         super().__init__(settings.config)
-        load(settings.config)
         if settings.ssl is not None:
             settings.config.ssl = settings.ssl
         self.settings = settings
