@@ -87,7 +87,7 @@ def protocols(session: nox.Session, http: str, ws: str) -> None:
 @nox.session
 def integration(session: nox.Session) -> None:
     """What needs programs that pip does not install; `.ci/run` does."""
-    session.install(*NEWEST, "-e", ".[test]")
+    session.install(*NEWEST, "-e", ".[integration]")
     session.run("python", "-m", "pytest", "--integration", "tests/integration", *session.posargs)
 
 
