@@ -30,6 +30,9 @@ SETTLING_TURNS = 20
 # How many turns a request takes: more than a stop of an idle server.
 BUSY_TURNS = 12
 
+# How many turns the app's startup takes, and its shutdown. (One that takes none is over before anybody can interfere.)
+LIFESPAN_TURNS = 3
+
 
 class SiblingError(Exception):
     """What a sibling in a task group raises."""
@@ -60,13 +63,18 @@ class Fragile(App):
         assert self._task is not None
         try:
             if self._fate is None:
-                await super().lifespan(scope, receive, send)
+                await super().lifespan(scope, partial(self._slowly, receive), partial(self._slowly, send))
                 return
         except asyncio.CancelledError:
             if self._fate is None:
                 raise
             self._task.uncancel()
         await self._fate()
+
+    async def _slowly(self, call: Callable[..., Awaitable[Any]], *message: Any) -> Any:
+        for _ in range(LIFESPAN_TURNS):
+            await asyncio.sleep(0)
+        return await call(*message)
 
     async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.busy += 1

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
 from aioserve._sockets import Listener
+from aioserve._waiting import begin
 
 logger = logging.getLogger("aioserve")
 
@@ -116,12 +117,12 @@ class Acceptor:
                 # A socket that was made with 0 for its protocol, as most are that are lent: asyncio takes no notice of
                 # it, and answers on kept-alive connections would take 40 ms.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task: asyncio.Task[object] = self._loop.create_task(
+            task: asyncio.Task[object] = begin(
                 self._loop.connect_accepted_socket(self._make_protocol, connection)
                 if self._ssl is None
                 else self._secure(connection, self._ssl)
             )
-            if not task.done():  # an eager one may be
+            if not task.done():
                 self.making.add(task)
             task.add_done_callback(self._made)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError
 from aioserve._options import Message, Scope
-from aioserve._waiting import Waiting
+from aioserve._waiting import Waiting, begin
 
 logger = logging.getLogger("aioserve")
 
@@ -85,7 +85,7 @@ class Lifespan:
         if self.over:
             return
 
-        self.task = asyncio.get_running_loop().create_task(self._run(), name="aioserve lifespan")
+        self.task = begin(self._run(), name="aioserve lifespan")
         self.task.add_done_callback(self._make_sure)
         if not await self._waiting.wait_for(self._has_answered, timeout):
             await self._abandon()
@@ -150,7 +150,7 @@ class Lifespan:
             logger.warning("the app's lifespan is stuck: %s was cancelled and goes on all the same", self.task)
 
     async def _run(self) -> None:
-        self.task = asyncio.current_task()  # an eager task runs before its maker has it
+        self.task = asyncio.current_task()  # which runs before its maker has it
         try:
             await self._app(self._scope, self._receive, self._send)
         except BaseException as exc:  # noqa: BLE001

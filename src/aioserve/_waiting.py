@@ -1,14 +1,31 @@
 """
-How a server's own task waits: for facts, never on a clock, and never to be thrown off by a cancellation.
+How a server's own task begins, and how it waits: for facts, never on a clock, and never to be thrown off by a
+cancellation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import types
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 TURNS_BEFORE_A_TIMER = 3
+
+
+def begin(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+    """
+    Make a task, and do its first step at once, which saves a turn of the loop.
+
+    The first step has to wait on Python 3.11, and where the program makes its tasks in a way of its own.
+    """
+    loop = asyncio.get_running_loop()
+    if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+        return asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
+    return loop.create_task(coroutine, name=name)
 
 
 @types.coroutine
