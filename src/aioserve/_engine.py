@@ -100,12 +100,25 @@ class Engine(uvicorn.Server):
     out_of_time: bool = False
     """Whether the deadline of a `close()` is over, which ends what the requests in flight are given."""
 
+    is_stopping: bool = False
+    """Whether a stop has been asked for, or all is over."""
+
+    crashed: bool = False
+    asked_at: float | None = None
+
+    # Here rather than in the constructor: an object with more than thirty attributes of its own is slow to make.
+    _running: bool = False
+    _leaving: bool = False  # the drain is over: connections close when they are owed nothing more
+    _patient: bool = True  # it may still be that a silent one speaks
+    _stopping: anyio.Event | None = None
+    _date_timer: asyncio.TimerHandle | None = None
+    _deadline: asyncio.TimerHandle | None = None
+
     def __init__(self, settings: Settings, listeners: Sequence[Listener]) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.waiting: Waiting = Waiting()
         self.ready: asyncio.Future[None] = self._loop.create_future()
-        self.stopping: anyio.Event = anyio.Event()
         self.closed: asyncio.Event = asyncio.Event()
 
         super().__init__(settings.config)
@@ -134,16 +147,10 @@ class Engine(uvicorn.Server):
             waiting=self.waiting,
         )
 
-        self.crashed: bool = False
-        self.asked_at: float | None = None
-        self._running = False
-        self._leaving = False  # the drain is over: connections close when they are owed nothing more
-        self._patient = True  # it may still be that a silent one speaks
+        self._silent: set[Any] = set()  # those that are closing and may never have sent anything
         self._lingering: dict[Any, _Lingering] = {}
         self._watched: set[asyncio.Task[Any]] = set()
         self._background: set[asyncio.Task[Any]] = set()
-        self._date_timer: asyncio.TimerHandle | None = None
-        self._deadline: asyncio.TimerHandle | None = None
 
     # The story.
 
@@ -184,8 +191,8 @@ class Engine(uvicorn.Server):
         self._tell_systemd("READY=1")
         self._tell_starter()
 
-        await self.waiting.wait_for(lambda: self.stopping.is_set() or self.lifespan.died)
-        if self.lifespan.died and not self.stopping.is_set() and not self.waiting.forced:
+        await self.waiting.wait_for(lambda: self.is_stopping or self.lifespan.died)
+        if self.lifespan.died and not self.is_stopping and not self.waiting.forced:
             self._fail("the app's lifespan died while it was serving", self.lifespan.error)
         self.close()
 
@@ -226,7 +233,7 @@ class Engine(uvicorn.Server):
         for timer in (self._date_timer, self._deadline):
             if timer is not None:
                 timer.cancel()
-        self.stopping.set()
+        self._say_that_it_stops()
         if self.started:
             uvicorn_logger.info("Closed %s", ", ".join(self.urls))
         self._tell_owner()
@@ -268,7 +275,7 @@ class Engine(uvicorn.Server):
             return
         if self.asked_at is None:
             self.asked_at = self._loop.time()
-            self.stopping.set()
+            self._say_that_it_stops()
             self._tell_systemd("STOPPING=1")
             # From here on, every HTTP/1 response says that it is the last of its connection.
             for connection in list(self.server_state.connections):
@@ -283,6 +290,20 @@ class Engine(uvicorn.Server):
             if self._deadline is not None:
                 self._deadline.cancel()
             self._deadline = self._loop.call_at(deadline, self._run_out_of_time)
+
+    @property
+    def stopping(self) -> anyio.Event:
+        """Set from when `is_stopping`; made for those who look at it."""
+        if self._stopping is None:
+            self._stopping = anyio.Event()
+            if self.is_stopping:
+                self._stopping.set()
+        return self._stopping
+
+    def _say_that_it_stops(self) -> None:
+        self.is_stopping = True
+        if self._stopping is not None:
+            self._stopping.set()
 
     def _run_out_of_time(self) -> None:
         self.out_of_time = True
@@ -306,9 +327,14 @@ class Engine(uvicorn.Server):
 
     def nobody_is_silent(self) -> bool:
         """Whether no connection is left that is owed a first request."""
-        return not self.acceptor.making and not any(
-            self._standing(connection) is Standing.SILENT for connection in self.server_state.connections
-        )
+        if self.acceptor.making:
+            return False
+        self._silent = {
+            connection
+            for connection in self._silent & self.server_state.connections
+            if self._standing(connection) is Standing.SILENT
+        }
+        return not self._silent
 
     def is_quiet(self) -> bool:
         """Whether no connection and no handler is left."""
@@ -381,6 +407,8 @@ class Engine(uvicorn.Server):
             return
         if not connection.transport.is_closing():
             standing = self._standing(connection)
+            if standing is Standing.SILENT:
+                self._silent.add(connection)
             if standing is Standing.ARRIVING and self._unread(connection):
                 self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
             if standing is Standing.IDLE or (standing is Standing.SILENT and not self._patient):
@@ -442,6 +470,7 @@ class Engine(uvicorn.Server):
             _make_last(self, connection)
             if self._leaving:
                 # It was accepted in the last moment, or has just been upgraded to a WebSocket.
+                self._silent.add(connection)
                 self._loop.call_soon(self._dismiss, connection)
         if self._date_timer is None and self.config.date_header:
             self._tick()
@@ -466,7 +495,7 @@ class Engine(uvicorn.Server):
             self.waiting.notify()
 
     def requests_exhausted(self, limit: int) -> None:
-        if not self.stopping.is_set():
+        if not self.is_stopping:
             uvicorn_logger.info("Maximum request limit of %d exceeded. Closing.", limit)
             self.close()
 
@@ -487,7 +516,7 @@ class Engine(uvicorn.Server):
 
     @property
     def should_exit(self) -> bool:
-        return self.stopping.is_set()
+        return self.is_stopping
 
     @should_exit.setter
     def should_exit(self, value: bool) -> None:
@@ -592,7 +621,7 @@ def _make_last(engine: Engine, connection: Any) -> None:
     connection.server_state = state = _LastState(engine, connection)
     cycles = [connection.cycle, *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
     for cycle in cycles:
-        if cycle is not None:
+        if cycle is not None and not cycle.response_complete:
             cycle.default_headers = state.default_headers
 
 
@@ -855,7 +884,8 @@ def _descriptor(below: Any) -> int:
 def _behind_proxies(app: Any, trusted: list[str] | str) -> ProxyHeadersMiddleware:
     """Wrap the app as uvicorn does; but who is trusted is worked out once for all servers, which takes a while."""
     middleware = ProxyHeadersMiddleware.__new__(ProxyHeadersMiddleware)
-    vars(middleware).update(vars(_trusting(trusted if isinstance(trusted, str) else tuple(trusted))), app=app)
+    middleware.app = app
+    middleware.trusted_hosts = _trusting(trusted if isinstance(trusted, str) else tuple(trusted)).trusted_hosts
     return middleware
 
 

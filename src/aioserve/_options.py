@@ -4,7 +4,7 @@ Which options exist, which are refused, and why.
 Everything that can be known to be wrong before anything starts is found here, and said with the value and what to do.
 """
 
-from __future__ import annotations
+# No annotations from the future: a TypedDict compiles each, if it is a string, which would take a third of our import.
 
 import asyncio
 import contextlib
@@ -25,7 +25,6 @@ import uvicorn
 
 from aioserve._sockets import (
     Host,
-    Listen,
     at_path,
     check_lent,
     on_addresses,
@@ -33,6 +32,9 @@ from aioserve._sockets import (
     on_lent,
     on_systemds,
 )
+
+if typing.TYPE_CHECKING:
+    from aioserve._sockets import Listen
 
 Scope: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]
@@ -108,6 +110,8 @@ class Options(TypedDict, total=False):
 
 
 WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd")
+_HOST = "127.0.0.1"
+_ON_A_FREE_PORT = functools.partial(on_addresses, _HOST, 0, reuse_port=False)
 _UDS_MODE = 0o600
 _OURS = (*WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "stop_on_signals")
 
@@ -137,12 +141,14 @@ _CHOICES = {
     "ws": ("auto", "none", "websockets", "websockets-sansio", "wsproto"),
 }
 
+_COUNTS = ("backlog", "limit_concurrency", "limit_max_requests")
+
 
 class Settings(NamedTuple):
     """What was asked for, checked."""
 
     config: uvicorn.Config
-    listen: Listen
+    listen: "Listen"
     """Where, has been said."""
     notify_systemd: tuple[str, ...]
     """Of which states: "READY=1", "STOPPING=1"."""
@@ -204,7 +210,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # uvicorn's access_log=False takes the handlers from its logger, for every server of the process. Ours is told
     # connection by connection; so uvicorn is not told at all. Likewise, only what is asked for touches logging.
     access_log = options.get("access_log", True)
-    passed = {name: value for name, value in options.items() if name not in (*_OURS, "access_log")}
+    passed = {name: value for name, value in options.items() if name not in _OURS and name != "access_log"}
     config = uvicorn.Config(app, **{"log_config": None, **passed})
     return Settings(
         config=config,
@@ -267,7 +273,8 @@ _TIMEOUTS: dict[str, float | None] = {
 
 
 def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
-    timeouts = {name: check_timeout(name, options.get(name, default)) for name, default in _TIMEOUTS.items()}
+    given = {name: check_timeout(name, options[name]) for name in _TIMEOUTS if name in options}
+    timeouts = _TIMEOUTS | given
     if timeouts["drain_delay"] is None:
         raise ValueError(
             f"drain_delay must be a limited number of seconds, not {options['drain_delay']!r}; it always passes"
@@ -328,8 +335,10 @@ def _check_port(port: object) -> int:
     return port
 
 
-def _how_to_listen(options: Mapping[str, Any]) -> Listen:
+def _how_to_listen(options: Mapping[str, Any]) -> "Listen":
     """Return where to listen: one kind of thing only, and before that what systemd hands down, if it is to be asked."""
+    if options.keys().isdisjoint(WHERE):
+        return _ON_A_FREE_PORT
     tcp = [name for name in ("host", "port") if name in options]
     if _check_flag("reuse_port", options.get("reuse_port", False)):
         if not hasattr(socket, "SO_REUSEPORT"):
@@ -353,7 +362,7 @@ def _how_to_listen(options: Mapping[str, Any]) -> Listen:
     elif "sockets" in others:
         listen = functools.partial(on_lent, _check_sockets(options["sockets"]))
     else:
-        host, port = _check_host(options.get("host", "127.0.0.1")), _check_port(options.get("port", 0))
+        host, port = _check_host(options.get("host", _HOST)), _check_port(options.get("port", 0))
         listen = functools.partial(on_addresses, host, port, reuse_port="reuse_port" in tcp)
 
     systemd = options.get("systemd", False)
@@ -458,31 +467,36 @@ def _check_signals(signals: object) -> tuple[int, ...]:
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
-    known = _config_parameters()
-    types_of = _simple_types()
     for name, value in options.items():
-        expected = types_of.get(name) if name not in _OURS else None  # checked elsewhere
-        if expected is not None and (not isinstance(value, expected) or (type(value) is bool and bool not in expected)):
-            said = " or ".join("None" if each is type(None) else each.__name__ for each in expected)
-            raise TypeError(f"{name} must be {said}, not {value!r}")
-        if name not in known and name not in _OURS:
-            raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
-    for name in options.keys() & _CHOICES.keys():
-        value, choices = options[name], _CHOICES[name]
-        if name == "log_level" and not isinstance(value, str):
-            continue
-        if name in ("http", "ws") and (isinstance(value, type) and issubclass(value, asyncio.BaseProtocol)):
-            continue
-        if not isinstance(value, str):
-            raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-        if value in choices or (name in ("http", "ws") and ":" in value):
-            continue
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-    for name in ("backlog", "limit_concurrency", "limit_max_requests"):
-        if isinstance(options.get(name), int) and not 1 <= options[name] < 2**31:
-            raise ValueError(f"{name} must be 1 or more, and no more than 2147483647, not {options[name]!r}")
+        if name not in _OURS:  # which are checked elsewhere
+            _check_value(name, value)
     if options.get("ssl_keyfile") and not (options.get("ssl_certfile") or options.get("ssl_context_factory")):
         raise TypeError("ssl_keyfile needs ssl_certfile with it")
+
+
+def _check_value(name: str, value: Any) -> None:
+    expected = _simple_types().get(name)
+    if expected is not None and (not isinstance(value, expected) or (type(value) is bool and bool not in expected)):
+        said = " or ".join("None" if each is type(None) else each.__name__ for each in expected)
+        raise TypeError(f"{name} must be {said}, not {value!r}")
+    if name not in _config_parameters():
+        raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
+    if name in _CHOICES:
+        _check_choice(name, value)
+    if name in _COUNTS and value is not None and not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be 1 or more, and no more than 2147483647, not {value!r}")
+
+
+def _check_choice(name: str, value: object) -> None:
+    choices = _CHOICES[name]
+    if name == "log_level" and not isinstance(value, str):
+        return
+    if name in ("http", "ws") and (isinstance(value, type) and issubclass(value, asyncio.BaseProtocol)):
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    if value not in choices and not (name in ("http", "ws") and ":" in value):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
 @functools.cache

@@ -6,22 +6,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
 from aioserve._options import check_timeout
+from aioserve._waiting import begin
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Self
+    from typing import Protocol, Self
 
     import uvicorn
 
     from aioserve._engine import Engine
     from aioserve._shutdown import Report
+
+    class Runs(Protocol):
+        """What a server is to those who hold it: when it begins and ends, and how to ask for that."""
+
+        ready: asyncio.Future[None]
+        """Done when it has started, or failed to."""
+        started: bool
+        urls: list[str]
+        closed: asyncio.Event
+        error: BaseException | None
+        on_crash: Callable[[], None] | None
+
+        def close(self, deadline: float | None = None) -> None: ...
+
+        def is_ours(self, task: asyncio.Task[Any] | None) -> bool: ...
+
 
 logger = logging.getLogger("aioserve")
 
@@ -35,22 +53,6 @@ class Stats(NamedTuple):
     """Requests and WebSockets whose handler is running."""
     served: int
     """HTTP responses completed since the start."""
-
-
-class Runs(Protocol):
-    """What a server is to those who hold it: when it begins and ends, and how to ask for that."""
-
-    ready: asyncio.Future[None]
-    """Done when it has started, or failed to."""
-    started: bool
-    urls: list[str]
-    closed: asyncio.Event
-    error: BaseException | None
-    on_crash: Callable[[], None] | None
-
-    def close(self, deadline: float | None = None) -> None: ...
-
-    def is_ours(self, task: asyncio.Task[Any] | None) -> bool: ...
 
 
 class Closable:
@@ -185,18 +187,28 @@ class Closable:
         Wait for the server's end whatever happens, and return the cancellation that arrived meanwhile, for the caller
         to raise.
 
-        Two things are held off. An anyio scope delivers its cancellation anew on every loop turn, hence the shield;
-        after it, the scope will have its way. A native cancellation comes through a shield, but once only;
-        and waiting for an event does not pass it on to the server. The second one, counting those that came before,
-        forces.
+        Two things are held off. An anyio scope delivers its cancellation anew on every loop turn, hence the shield,
+        where there is a cancellation; after it, the scope will have its way. A native one comes through a shield, but
+        once only; and waiting for an event does not pass it on to the server. The second one, counting those that came
+        before, forces.
         """
+        closed = self._engine.closed
         late: asyncio.CancelledError | None = None
+        if not cancellations:
+            try:
+                await closed.wait()
+            except asyncio.CancelledError as exc:
+                late = exc
+                cancellations = 0 if anyio.current_effective_deadline() == -math.inf else 1
+            else:
+                return None
+
         with anyio.CancelScope(shield=True):
-            while not self._engine.closed.is_set():
+            while not closed.is_set():
                 try:
-                    await self._engine.closed.wait()
+                    await closed.wait()
                 except asyncio.CancelledError as exc:
-                    late = late or exc
+                    late = exc if cancellations == 0 else late or exc
                     cancellations += 1
                     if cancellations > 1:
                         self.close(timeout=0)
@@ -231,7 +243,7 @@ class Server(Closable):
         self._host = engine.listeners[0].host
         self._port = engine.listeners[0].port
         engine.lifespan.state["aioserve"] = self
-        self._task = self._loop.create_task(engine.serve(), name=f"aioserve {self.url}")
+        self._task = begin(engine.serve(), name=f"aioserve {self.url}")
         self._task.add_done_callback(engine.ended)
 
     @property
@@ -280,7 +292,7 @@ class Server(Closable):
     def __repr__(self) -> str:
         if self._engine.closed.is_set():
             how = "closed"
-        elif self.stopping.is_set():
+        elif self._engine.is_stopping:
             how = "stopping"
         else:
             how = "serving" if self.is_serving() else "starting"

@@ -27,8 +27,6 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import anyio
-
 from aioserve._engine import Engine, load
 from aioserve._errors import StartupError, StartupInterruptedError
 from aioserve._options import parse
@@ -162,9 +160,7 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     return server
 
 
-async def serve(
-    app: App, *, task_status: TaskStatus[Server] = anyio.TASK_STATUS_IGNORED, **options: Unpack[Options]
-) -> None:
+async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **options: Unpack[Options]) -> None:
     """
     Serve an ASGI app until the task or the scope around it is cancelled, or the server closes.
 
@@ -177,7 +173,7 @@ async def serve(
 
     Args:
         app: As in `serving()`.
-        task_status: Given by anyio.
+        task_status: Given by anyio's `TaskGroup.start()`.
         options: As in `serving()`.
 
     Raises:
@@ -191,10 +187,11 @@ async def serve(
     signals = Signals(settings.stop_on_signals)
     try:
         async with await start_as(settings, signals) as server, Body(server, signals):
-            task_status.started(server)
+            if task_status is not None:
+                task_status.started(server)
             await server.wait_closed()
     except StartupInterruptedError:
-        if signals.first is None or task_status is not anyio.TASK_STATUS_IGNORED:
+        if signals.first is None or task_status is not None:
             raise
     finally:
         signals.release()
@@ -207,7 +204,7 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
     if listeners is None:
         listeners = await listen(settings, signals)
     try:
-        with signals.interrupting():
+        with signals:  # which a signal interrupts
             load(settings.config)
         server = Server(Engine(settings, listeners))
     except BaseException as exc:

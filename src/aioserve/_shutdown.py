@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from aioserve._errors import ShutdownError
 
@@ -77,6 +77,8 @@ class Report(NamedTuple):
     """Whether the app's lifespan was cancelled, and went on all the same."""
 
 
+Forced: TypeAlias = tuple[int, tuple[HeldUp, ...], tuple[HeldUp, ...]]
+
 _ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
 
 
@@ -96,7 +98,7 @@ async def shut_down(engine: Engine) -> None:
 
     # Stop accepting.
     engine.acceptor.close()
-    forced = _NOTHING if engine.is_quiet() else await _finish(engine)
+    forced: Forced = (0, (), ()) if engine.is_quiet() else await _finish(engine)
 
     # End.
     try:
@@ -109,17 +111,13 @@ async def shut_down(engine: Engine) -> None:
     engine.report = Report(loop.time() - asked, *forced, engine.lifespan.stuck)
 
 
-class _Forced(NamedTuple):
-    aborted: int
-    persuaded: tuple[HeldUp, ...]
-    cancelled: tuple[HeldUp, ...]
+async def _finish(engine: Engine) -> Forced:
+    """
+    Finish with the connections and requests that there are; by force, when their time is over.
 
-
-_NOTHING = _Forced(0, (), ())
-
-
-async def _finish(engine: Engine) -> _Forced:
-    """Finish with the connections and requests that there are; by force, when their time is over."""
+    Returns:
+        What a report says first of what had to be forced.
+    """
     loop = asyncio.get_running_loop()
     waiting = engine.waiting
     budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
@@ -165,7 +163,7 @@ async def _finish(engine: Engine) -> _Forced:
     persuaded = tuple(handler for task, handler in held_up.items() if task not in to_cancel)
     if aborted or held_up:
         logger.warning("%s", in_one_line(engine.urls[0], aborted, persuaded, cancelled))
-    return _Forced(aborted, persuaded, cancelled)
+    return aborted, persuaded, cancelled
 
 
 def in_one_line(url: str, aborted: int, persuaded: tuple[HeldUp, ...], cancelled: tuple[HeldUp, ...]) -> str:

@@ -18,8 +18,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
@@ -68,20 +67,22 @@ class Signals:
         """Say what the loop is to do at each signal from now on."""
         self._act = act
 
-    @contextmanager
-    def interrupting(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """
         Raise `Interrupted` in the block at once, when a signal comes or has come; for what holds up the loop.
 
         Python itself does so at Ctrl+C.
         """
-        self._interrupting = True
         try:
+            self._interrupting = True
             if self.count:
                 raise Interrupted
-            yield
-        finally:
+        except Interrupted:
             self._interrupting = False
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._interrupting = False
 
     def release(self) -> None:
         """Want nothing more, and put back what was there before, as far as it is ours to put back."""

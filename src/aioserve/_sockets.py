@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
 from aioserve import _systemd, _unix
@@ -30,6 +30,8 @@ _SAME_PORT_ATTEMPTS = 32
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+
+_LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
 
 _HINTS = {
     errno.EADDRINUSE: "port=0 takes a free one",
@@ -52,27 +54,23 @@ class Listener:
         self.socket = sock
         self.lent = lent
         self._place = place
-        self._name: Any = sock.getsockname()
-        if isinstance(self._name, str):  # a path, which a program that goes elsewhere could no longer find
-            self._name = os.path.join(os.getcwd(), self._name)
-
-    @property
-    def host(self) -> str | None:
+        self.host: str | None = None
         """The address that it is bound to, with its scope, if any; none of a Unix socket."""
-        if not isinstance(self._name, tuple):
-            return None
-        host, _port, *rest = self._name
-        return f"{host}%{_link(rest[1])}" if rest and rest[1] else str(host)
-
-    @property
-    def port(self) -> int | None:
-        return int(self._name[1]) if isinstance(self._name, tuple) else None
+        self.port: int | None = None
+        name = sock.getsockname()
+        if isinstance(name, tuple):
+            self.host, self.port, *rest = name
+            if rest and rest[1]:
+                self.host = f"{self.host}%{_link(rest[1])}"
+        else:
+            # A path (or a name in bytes), which a program that goes elsewhere could no longer find.
+            self._path = os.path.join(os.getcwd(), name) if isinstance(name, str) else name
 
     def url(self, scheme: str) -> str:
         """Where a client on this machine reaches it: a wildcard becomes loopback, IPv6 stands in brackets."""
         if self.host is None:
-            return f"{scheme}+unix://{quote(os.fsencode(self._name), safe='')}"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 (compared, not bound)
+            return f"{scheme}+unix://{quote(os.fsencode(self._path), safe='')}"
+        host = _LOOPBACK_FOR.get(self.host, self.host)
         if ":" in host:
             host = f"[{quote(host, safe=':')}]"  # the % of a scope is written %25: RFC 6874
         return f"{scheme}://{host}:{self.port}"
@@ -88,19 +86,21 @@ class Listener:
         self.socket.close()
 
 
-class Listen(Protocol):
-    """What was asked for, and has only to be done."""
+if TYPE_CHECKING:
 
-    def __call__(self, *, backlog: int) -> Awaitable[list[Listener]]:
-        """
-        Listen on all of it, or on none.
+    class Listen(Protocol):
+        """What was asked for, and has only to be done."""
 
-        Args:
-            backlog: How many connections the kernel keeps waiting for us, per socket.
+        def __call__(self, *, backlog: int) -> Awaitable[list[Listener]]:
+            """
+            Listen on all of it, or on none.
 
-        Raises:
-            OSError: The class and the errno are the system's own; the message says which address or path.
-        """
+            Args:
+                backlog: How many connections the kernel keeps waiting for us, per socket.
+
+            Raises:
+                OSError: The class and the errno are the system's own; the message says which address or path.
+            """
 
 
 async def on_addresses(host: Host, port: int, *, reuse_port: bool = False, backlog: int) -> list[Listener]:
@@ -114,19 +114,18 @@ async def on_addresses(host: Host, port: int, *, reuse_port: bool = False, backl
         backlog: As in `Listen`.
     """
     hosts = [host] if host is None or isinstance(host, str) else host
-    addresses = [address for each in hosts for address in await _resolve(each)]
-    unique = list({address.sockaddr: address for address in addresses}.values())
+    unique = {address.sockaddr: address for each in hosts for address in await _resolve(each)}
 
     for _ in range(_SAME_PORT_ATTEMPTS if port == 0 else 1):
         try:
-            return [Listener(sock) for sock in _listen_on_all(unique, port, backlog, reuse_port=reuse_port)]
+            return _listen_on_all(unique.values(), port, backlog, reuse_port=reuse_port)
         except OSError as exc:
             last = exc
             if exc.errno != errno.EADDRINUSE:
                 break
     hint = _HINTS.get(last.errno or 0)
     if last.errno == errno.EADDRINUSE and port == 0:
-        hint = "no port is free on all of the addresses; does one of them cover another?" if unique[1:] else None
+        hint = "no port is free on all of the addresses; does one of them cover another?" if len(unique) > 1 else None
     if hint is not None:
         last = OSError(last.errno, f"{last.strerror}; {hint}")
     raise last from None  # the system's own error says the same in fewer words
@@ -229,32 +228,41 @@ def _duplicate(descriptor: int) -> socket.socket:
         raise
 
 
-class _Address(NamedTuple):
-    family: int
-    sockaddr: tuple[Any, ...]
-    """As `socket.bind()` takes it, with port 0."""
-    optional: bool
-    """One of several that stand for a name, or for "every interface": this machine may lack its family."""
+class _Address:
+    """
+    Where to bind.
+
+    Args:
+        family: The socket's.
+        sockaddr: As `socket.bind()` takes it, with port 0.
+        optional: Whether it is one of several that stand for a name, or for "every interface": this machine may lack
+            its family.
+    """
+
+    def __init__(self, family: int, sockaddr: tuple[Any, ...], *, optional: bool) -> None:
+        self.family = family
+        self.sockaddr = sockaddr
+        self.optional = optional
 
 
-def _listen_on_all(addresses: Sequence[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
+def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
+    listeners: list[Listener] = []
     lacking: OSError | None = None
     for address in addresses:
         try:
-            sock = _listen_on(address, port, backlog, reuse_port=reuse_port)
+            listener = Listener(_listen_on(address, port, backlog, reuse_port=reuse_port))
         except OSError as exc:
             if address.optional and exc.errno in _NO_SUCH_FAMILY:
                 lacking = exc
                 continue
-            for each in sockets:
+            for each in listeners:
                 each.close()
             raise
-        sockets.append(sock)
-        port = sock.getsockname()[1]
-    if not sockets and lacking is not None:
+        listeners.append(listener)
+        port = listener.port or port
+    if not listeners and lacking is not None:
         raise lacking
-    return sockets
+    return listeners
 
 
 def _listen_on(address: _Address, port: int, backlog: int, *, reuse_port: bool) -> socket.socket:
@@ -317,7 +325,7 @@ async def _resolve(host: str | None) -> list[_Address]:
 def _literal(host: str, *, optional: bool = False) -> list[_Address]:
     ask = _getaddrinfo if "%" in host else _getaddrinfo_once  # a scope may be another one the next time
     found = ask(host, _NUMERIC)
-    return [_Address(family, sockaddr, optional) for family, sockaddr in found]
+    return [_Address(family, sockaddr, optional=optional) for family, sockaddr in found]
 
 
 def _getaddrinfo(host: str, flags: int) -> list[tuple[int, tuple[Any, ...]]]:
