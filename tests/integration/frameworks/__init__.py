@@ -71,3 +71,12 @@ class Play:
     def is_over(self, moment: float) -> bool:
         """Whether the test has let everybody go; a thread that asks waits for a moment."""
         return self._threads_released.wait(moment)
+
+
+async def end_sse_starlettes_watcher() -> None:
+    """It looks for uvicorn's end twice a second, in a task that lives as long as the loop."""
+    watchers = {task for task in asyncio.all_tasks() if "_shutdown_watcher" in repr(task.get_coro())}
+    for task in watchers:
+        task.cancel()
+    if watchers:
+        await asyncio.wait(watchers)
