@@ -37,6 +37,9 @@ from tests.integration.frameworks import (
 )
 from tests.turns import turns
 
+# Django 5.2, the newest one for Python 3.11, does not close the body of a request that is cancelled.
+pytestmark = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
+
 # What comes in one piece, and what comes in many.
 LETTER = b"dear all\n" * 1000
 PARCEL = bytes(range(256)) * 32768
@@ -252,7 +255,7 @@ async def test_a_download_in_flight_is_sent_to_its_end(name: str, loop_name: str
 async def test_an_upload_that_is_half_there_is_received(name: str, path: str, loop_name: str) -> None:
     """The other half is sent when the server is stopping, and answered."""
     request = httpx.Request("POST", f"http://127.0.0.1{path}", content=PARCEL)
-    expected: dict[str, Any] = {**received(PARCEL)}
+    expected = received(PARCEL)
     if path == "/form":
         request = httpx.Request("POST", request.url, data={"name": "Ada"}, files={"file": ("file.bin", PARCEL)})
         expected["name"] = "Ada"

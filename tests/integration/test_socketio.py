@@ -110,7 +110,8 @@ async def test_a_client_that_goes_is_seen_off(loop_name: str) -> None:
     async with serving(chat.app, shutdown_timeout=None) as server:
         async with connected(server, ["websocket"]):
             pass
-    assert chat.events == ["connected", "disconnected: client disconnect"]
+    # It says so, and closes the connection; which of the two comes to be the reason is up to them.
+    assert chat.events in (["connected", f"disconnected: {why}"] for why in ("client disconnect", "transport close"))
     assert_nothing_was_forced(server)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from typing import TypedDict
 
 FIRST = bytes(range(256)) * 4096
 LAST = b"the end"
@@ -30,14 +29,11 @@ LAST = b"the end"
 TIMEOUT = 30.0
 
 
-class Received(TypedDict):
-    """What has come, in short."""
-
-    size: int
-    digest: str
+Received = dict[str, int | str]
 
 
 def received(data: bytes) -> Received:
+    """What has come, in short."""
     return {"size": len(data), "digest": hashlib.sha256(data).hexdigest()}
 
 
