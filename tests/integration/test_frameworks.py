@@ -207,7 +207,7 @@ async def test_its_lifespan_is_around_all_requests(name: str, loop_name: str) ->
 
 @those_with("background")
 async def test_it_works_in_the_background(name: str, loop_name: str) -> None:
-    """The response does not wait for it; the end of the lifespan does."""
+    """The response does not wait for it."""
     async with playing(name) as (play, server):
         async with client_of(server) as client:
             assert (await client.get("/background")).text == "begun"
