@@ -54,7 +54,8 @@ class Framework(NamedTuple):
     options: Options
 
 
-# What every one of them has, and what not all have.
+# What every one of them has, and what not all have. Django knows no lifespan and, by itself, no WebSocket, as little as
+# WSGI does; and to Flask, which waits for a word of a2wsgi's, a body of unknown length looks empty.
 EVERY = frozenset({"json", "form", "body", "sync", "stream", "events"})
 ASYNC = EVERY | {"hold", "endless", "body of unknown length"}
 ALL = ASYNC | {"lifespan", "websocket", "background"}
@@ -99,10 +100,8 @@ async def playing(name: str, **options: Unpack[Options]) -> AsyncIterator[tuple[
             play.release()
 
 
-@asynccontextmanager
-async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, trust_env=False, verify=False) as client:  # noqa: S501
-        yield client
+def client_of(server: Server) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=server.url, trust_env=False, verify=False)  # noqa: S501
 
 
 def assert_nothing_was_forced(server: Server) -> None:
@@ -111,7 +110,7 @@ def assert_nothing_was_forced(server: Server) -> None:
 
 
 async def split(connection: Connection) -> tuple[str, bytes]:
-    """Head and body of the last response of a connection; a chunked one's chunks put together."""
+    """Head and body of the last response on a connection, with the body's chunks put together."""
     head, _, rest = (await connection.rest()).partition(b"\r\n\r\n")
     lines = head.decode().lower()
     if "transfer-encoding: chunked" not in lines:
