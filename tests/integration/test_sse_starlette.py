@@ -61,7 +61,7 @@ def make(play: Play) -> Starlette:
             await play.hold()
             yield "goodbye"
 
-        return EventSourceResponse(until_stopping(), shutdown_event=stopping, shutdown_grace_period=5)
+        return EventSourceResponse(until_stopping())
 
     async def synchronous(request: Request) -> EventSourceResponse:
         def ticks() -> Iterator[str]:
@@ -86,7 +86,7 @@ def client_of(server: Server) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, trust_env=False, verify=False)  # noqa: S501
 
 
-async def test_a_stream_that_has_our_event_says_goodbye(loop_name: str) -> None:
+async def test_a_stream_that_watches_our_event_says_goodbye(loop_name: str) -> None:
     """It may take its time; and its client sees a whole response."""
     play = Play()
     async with serving(make(play), shutdown_timeout=None) as server, client_of(server) as client:
