@@ -14,6 +14,7 @@ import pytest
 import socketio
 
 from aioserve import Server, serving
+from tests.turns import turns
 
 TRANSPORTS = [["websocket"], ["polling"], ["polling", "websocket"]]
 NAMES = ["websocket", "polling", "upgraded"]
@@ -60,11 +61,16 @@ class Chat:
 class Client:
     """Notes each time that it is connected and disconnected."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reconnection: bool) -> None:
         self.connected = asyncio.Event()
         self.disconnected = asyncio.Event()
-        # It would handle Ctrl+C for the whole loop; and it would wait a second before it comes again.
-        self.sio = socketio.AsyncClient(handle_sigint=False, reconnection_delay=0.01, randomization_factor=0, **QUIET)
+        self.sio = socketio.AsyncClient(
+            handle_sigint=False,  # not for the whole loop
+            reconnection=reconnection,
+            reconnection_delay=0.01,  # a second, by default
+            randomization_factor=0,
+            **QUIET,
+        )
         self.sio.on("connect", self.connected.set)
         self.sio.on("disconnect", self.has_gone)
 
@@ -74,14 +80,15 @@ class Client:
 
 
 @asynccontextmanager
-async def connected(server: Server, transports: list[str]) -> AsyncIterator[Client]:
-    client = Client()
+async def connected(server: Server, transports: list[str], *, reconnection: bool = False) -> AsyncIterator[Client]:
+    client = Client(reconnection=reconnection)
     await client.sio.connect(server.url, transports=transports, wait_timeout=10)
     try:
         await client.connected.wait()
         yield client
     finally:
         await client.sio.shutdown()
+        await client.sio.eio.wait()
 
 
 def assert_nothing_was_forced(server: Server) -> None:
@@ -103,6 +110,7 @@ async def test_they_talk(transports: list[str], loop_name: str) -> None:
         assert await heard == "there is none"
         # A client that polls waits for its last poll before it goes, and that for news that do not come.
         await server.aclose()
+        await client.disconnected.wait()
 
 
 async def test_a_client_that_goes_is_seen_off(loop_name: str) -> None:
@@ -150,12 +158,15 @@ async def test_at_a_stop_a_poll_is_held_until_the_time_is_over(loop_name: str) -
 async def test_after_a_restart_on_the_same_port_the_client_is_back(transports: list[str], loop_name: str) -> None:
     """By itself, and it can talk again."""
     first, second = Chat(), Chat()
-    async with serving(first.app, shutdown_timeout=MOMENT) as server, connected(server, transports) as client:
-        port = server.port
-        assert port is not None
-        await server.aclose()
-        await client.disconnected.wait()
-        async with serving(second.app, port=port, shutdown_timeout=MOMENT):
-            await client.connected.wait()
-            assert await client.sio.call("say", "hello again") == "hello again"
-            assert second.events == ["connected"]
+    async with serving(first.app, shutdown_timeout=MOMENT) as server:
+        async with connected(server, transports, reconnection=True) as client:
+            await server.aclose()
+            await client.disconnected.wait()
+            async with serving(second.app, port=server.port or 0, shutdown_timeout=MOMENT):
+                await client.connected.wait()
+                assert await client.sio.call("say", "hello again") == "hello again"
+                assert second.events == ["connected"]
+                # It goes, so as not to come again when this one stops, which ends its last poll.
+                leaving = asyncio.create_task(client.sio.shutdown())
+                await turns()
+            await leaving
