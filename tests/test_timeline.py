@@ -383,6 +383,27 @@ async def test_who_had_to_be_told_because_the_time_was_over_is_named(caplog: pyt
             assert logged == []
 
 
+async def test_who_has_been_told_before_its_response_began_may_leave_it_to_uvicorn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its client gets a 500; but it is no mistake of the app's either."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        waiting.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    waiting = asyncio.Event()
+    server = await start(app, disconnect_after=0, shutdown_timeout=None)
+    async with connect(server) as client:
+        client.ask("/")
+        await waiting.wait()
+        await server.aclose()
+        assert (await client.rest()).startswith(b"HTTP/1.1 500")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 async def test_nobody_is_persuaded_earlier() -> None:
     """A stream that ends by itself is not cut off."""
     release = asyncio.Event()

@@ -63,6 +63,9 @@ uvicorn_logger = logging.getLogger("uvicorn.error")
 
 CLOSE = (b"connection", b"close")
 
+# What uvicorn says of a handler that has left its response unfinished.
+_LEFT_UNFINISHED = tuple(f"ASGI callable returned without {what} response." for what in ("starting", "completing"))
+
 
 class Standing(enum.Enum):
     """What a connection that is to be closed is still owed."""
@@ -805,7 +808,7 @@ class _WithoutOurDoing(logging.Logger):
 
     def handle(self, record: logging.LogRecord) -> None:
         cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
-        if not cancelled and record.msg != "ASGI callable returned without completing response.":
+        if not cancelled and record.msg not in _LEFT_UNFINISHED:
             self._logger.handle(record)
 
 
