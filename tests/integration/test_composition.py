@@ -48,8 +48,7 @@ class Telegram:
     """The part of Telegram's Bot API that the bot needs: somebody writes to it, and reads what it answers."""
 
     def __init__(self) -> None:
-        self.sending: asyncio.Queue[str] = asyncio.Queue()
-        """What the bot sends, before it is told how that went."""
+        self._sending: asyncio.Queue[str] = asyncio.Queue()
         self.sent: list[str] = []
         """What it has sent."""
         self.accepting = asyncio.Event()
@@ -60,6 +59,11 @@ class Telegram:
         self._said = asyncio.Event()
         methods = [self.getMe, self.deleteWebhook, self.getUpdates, self.sendMessage]
         self.app = Starlette(routes=[Route(f"/bot{TOKEN}/{each.__name__}", each, methods=["POST"]) for each in methods])
+
+    async def hear(self) -> str:
+        """Wait until the bot sends something; it has not been told yet how that went."""
+        async with asyncio.timeout(20):
+            return await self._sending.get()
 
     def say(self, text: str) -> None:
         number = next(self._numbers)
@@ -87,7 +91,7 @@ class Telegram:
 
     async def sendMessage(self, request: Request) -> Response:  # noqa: N802
         text = (await form(request))["text"]
-        self.sending.put_nowait(text)
+        self._sending.put_nowait(text)
         if self.refusing:
             return JSONResponse({"ok": False, "error_code": 400, "description": "Bad Request: chat not found"}, 400)
         await self.accepting.wait()
@@ -225,7 +229,7 @@ async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
     """
     async with running(tmp_path, monkeypatch) as it, httpx.AsyncClient(trust_env=False) as client:
         telegram.say("paint")
-        assert await telegram.sending.get() == "done: paint"  # and it waits for the answer
+        assert await telegram.hear() == "done: paint"  # and it waits for the answer
         assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "varnish"})).status_code == 202
         with posting(it.api, {"chat": CHAT, "text": "polish"}) as request:
             it.program.send(signal.SIGTERM)
@@ -250,7 +254,7 @@ async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
     assert in_work(store) == []
 
     async with running(tmp_path, monkeypatch) as it:
-        left = [await telegram.sending.get() for _ in range(3)]
+        left = [await telegram.hear() for _ in range(3)]
         assert left == ["done: varnish", "done: wax", "done: polish"]
         it.program.send(signal.SIGTERM)
         assert await it.end() == (0, "")
@@ -265,7 +269,7 @@ async def test_a_part_that_fails_ends_the_others_in_order(
     telegram.refusing = True
     async with running(tmp_path, monkeypatch) as it:
         telegram.say("paint")
-        assert await telegram.sending.get() == "done: paint"
+        assert await telegram.hear() == "done: paint"
         code, err = await it.end()
         assert code == 1
         assert it.ends() == ["bot", "scheduler", "API", "metrics"]
@@ -276,7 +280,7 @@ async def test_a_part_that_fails_ends_the_others_in_order(
     telegram.refusing = False
     telegram.accepting.set()
     async with running(tmp_path, monkeypatch) as it:
-        assert await telegram.sending.get() == "done: paint"
+        assert await telegram.hear() == "done: paint"
         it.program.send(signal.SIGTERM)
         assert await it.end() == (0, "")
     assert telegram.sent == ["done: paint"]
@@ -290,7 +294,7 @@ async def test_its_scheduler_runs(
     async with running(tmp_path, monkeypatch) as it, httpx.AsyncClient(trust_env=False) as client:
         for text in ("paint", "varnish"):
             await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": text})
-        await telegram.sending.get()
+        await telegram.hear()
         await it.hear('INFO:apscheduler.executors.default:Job "count')
         assert "\njobs_waiting 2.0\n" in (await client.get(f"{it.metrics}/metrics")).text
         telegram.accepting.set()
