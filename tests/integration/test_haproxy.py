@@ -4,7 +4,6 @@ Behind HAProxy, with the README's files: restarted one after the other, under lo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -22,7 +21,7 @@ import pytest
 from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.integration import readme
 from tests.integration.conftest import program
-from tests.programs import ROOT
+from tests.integration.loading import load
 
 ROUNDS = 20
 CLIENTS = 2  # of each kind
@@ -51,7 +50,11 @@ def config(tmp_path: Path) -> Path:
 
 
 class Served:
-    """One of the machines, on which the README's command runs, again and again."""
+    """
+    One of the machines, on which the README's command runs, again and again.
+
+    Its log is a file: a pipe would be full soon, and hold it up.
+    """
 
     def __init__(self, host: str, directory: Path) -> None:
         self.host = host
@@ -120,21 +123,6 @@ def balancing(config: Path, public: socket.socket) -> Iterator[Balancer]:
             process.communicate()
 
 
-@contextmanager
-def load(port: int, kind: str) -> Iterator[dict[str, int]]:
-    """Clients that ask until the end of the block, and what they have counted then."""
-    # Not in the way of those who have to start.
-    command = ["nice", sys.executable, str(ROOT / "tests/load.py"), str(port), str(CLIENTS), kind]
-    counted: dict[str, int] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as clients:  # noqa: S603
-        try:
-            yield counted
-            counted.update(json.loads(clients.communicate()[0] or "{}"))
-        finally:
-            clients.kill()
-    assert clients.returncode == 0, "an answer was none of the app's"
-
-
 def test_the_configuration_is_valid(config: Path, public: socket.socket) -> None:
     """HAProxy has not even a warning."""
     command = [program("haproxy", "haproxy"), "-c", "-dW", "-f", str(config)]
@@ -162,7 +150,7 @@ def test_servers_that_are_restarted_in_turn_lose_nothing(config: Path, public: s
     with ExitStack() as stack:
         servers = {name: stack.enter_context(Served(host, tmp_path)) for name, host in SERVERS.items()}
         balancer = stack.enter_context(balancing(config, public))
-        with load(port, "fresh") as fresh, load(port, "kept-alive") as kept_alive:
+        with load(port, CLIENTS, "fresh") as fresh, load(port, CLIENTS, "kept-alive") as kept_alive:
             for _ in range(ROUNDS):
                 for name, server in servers.items():
                     server.stop()

@@ -6,7 +6,6 @@ systemd itself need not run for that.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -23,8 +22,8 @@ import pytest
 from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.integration import readme
 from tests.integration.conftest import program
+from tests.integration.loading import load
 from tests.integration.stopping import longest_stop
-from tests.programs import ROOT
 
 RESTARTS = 5
 CLIENTS = 5  # of each kind
@@ -76,21 +75,6 @@ def notified(path: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-@contextmanager
-def load(port: int, kind: str) -> Iterator[dict[str, int]]:
-    """Clients that ask until the end of the block, and what they have counted then."""
-    # Not in the way of what has to start.
-    command = ["nice", sys.executable, str(ROOT / "tests/load.py"), str(port), str(CLIENTS), kind]
-    counted: dict[str, int] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as clients:  # noqa: S603
-        try:
-            yield counted
-            counted.update(json.loads(clients.communicate()[0] or "{}"))
-        finally:
-            clients.kill()
-    assert clients.returncode == 0, "somebody was refused"
-
-
 @pytest.mark.timeout(120)
 def test_restarted_under_load_the_service_refuses_nobody(tmp_path: Path) -> None:
     """Neither new nor kept-alive connections lose a request; and systemd hears of each start and stop."""
@@ -122,7 +106,7 @@ def test_restarted_under_load_the_service_refuses_nobody(tmp_path: Path) -> None
         try:
             assert service.stdin is not None
             assert service.stdout is not None
-            with load(port, "fresh") as fresh, load(port, "kept-alive") as kept_alive:
+            with load(port, CLIENTS, "fresh") as fresh, load(port, CLIENTS, "kept-alive") as kept_alive:
                 for _ in range(RESTARTS):
                     assert notify.recv(100) == b"READY=1"
                     service.stdin.write("restart\n")
