@@ -72,6 +72,7 @@ def notified(path: Path) -> Iterator[socket.socket]:
     """Where systemd would hear of what the service says of itself."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(path))
+        listening.settimeout(30)
         yield listening
 
 
