@@ -33,7 +33,10 @@ from tests.integration import readme
 from tests.integration.conftest import program
 from tests.programs import Program
 
-pytestmark = pytest.mark.parametrize("loop_name", ["asyncio"])  # the program chooses its own
+pytestmark = [
+    pytest.mark.parametrize("loop_name", ["asyncio"]),  # the program chooses its own
+    pytest.mark.timeout(180),  # it imports much, and is started again
+]
 
 TOKEN = "42:token"  # noqa: S105 (nobody's)
 CHAT = 12
