@@ -1,0 +1,305 @@
+"""
+The README's whole program: a bot, a worker, a scheduler, an API and metrics, with one end.
+
+Redis is a real one; the bot is a real one, too, and Telegram a server of the test's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import parse_qsl, urlsplit
+
+import httpx
+import pytest
+import redis
+from anyio.to_thread import run_sync
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from aioserve import serving
+from tests.integration import readme
+from tests.integration.conftest import program
+from tests.programs import Program
+
+pytestmark = [
+    pytest.mark.parametrize("loop_name", ["asyncio"]),  # the program chooses its own
+    pytest.mark.timeout(180),  # it imports much, and is started again
+]
+
+TOKEN = "42:token"  # noqa: S105 (nobody's)
+CHAT = 12
+MESSAGE = {"message_id": 1, "date": 1, "chat": {"id": CHAT, "type": "private"}}
+
+# What the program's parts say at their end.
+BOT = "INFO:telegram.ext.Application:Application.stop() complete"
+SCHEDULER = "INFO:apscheduler.scheduler:Scheduler has been shut down"
+
+
+class Telegram:
+    """The part of Telegram's Bot API that the bot needs: somebody writes to it, and reads what it answers."""
+
+    def __init__(self) -> None:
+        self._sending: asyncio.Queue[str] = asyncio.Queue()
+        self.sent: list[str] = []
+        """What it has sent."""
+        self.accepting = asyncio.Event()
+        """Until it is set, the bot waits for the answer."""
+        self.refusing = False
+        self._numbers = itertools.count(1)
+        self._updates: list[dict[str, Any]] = []
+        self._said = asyncio.Event()
+        methods = [self.getMe, self.deleteWebhook, self.getUpdates, self.sendMessage]
+        self.app = Starlette(routes=[Route(f"/bot{TOKEN}/{each.__name__}", each, methods=["POST"]) for each in methods])
+
+    async def hear(self) -> str:
+        """Wait until the bot sends something; it has not been told yet how that went."""
+        async with asyncio.timeout(20):
+            return await self._sending.get()
+
+    def say(self, text: str) -> None:
+        number = next(self._numbers)
+        self._updates.append({"update_id": number, "message": {**MESSAGE, "message_id": number, "text": text}})
+        self._said.set()
+
+    async def getMe(self, request: Request) -> Response:  # noqa: N802 (the method's name; so with the others)
+        return accepted({"id": 42, "is_bot": True, "first_name": "Bot", "username": "bot"})
+
+    async def deleteWebhook(self, request: Request) -> Response:  # noqa: N802
+        return accepted(True)
+
+    async def getUpdates(self, request: Request) -> Response:  # noqa: N802
+        asked = await form(request)
+        # Who asks for the next has got those before.
+        self._updates = [each for each in self._updates if each["update_id"] >= int(asked.get("offset", 0))]
+        if not self._updates:
+            self._said.clear()
+            waiting = {asyncio.ensure_future(self._said.wait()), asyncio.ensure_future(request.receive())}
+            timeout = int(asked.get("timeout", 0))
+            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for each in waiting:
+                each.cancel()
+        return accepted(self._updates)
+
+    async def sendMessage(self, request: Request) -> Response:  # noqa: N802
+        text = (await form(request))["text"]
+        self._sending.put_nowait(text)
+        if self.refusing:
+            return JSONResponse({"ok": False, "error_code": 400, "description": "Bad Request: chat not found"}, 400)
+        await self.accepting.wait()
+        self.sent.append(text)
+        return accepted({**MESSAGE, "text": text})
+
+
+def accepted(result: Any) -> Response:
+    return JSONResponse({"ok": True, "result": result})
+
+
+async def form(request: Request) -> dict[str, str]:
+    return dict(parse_qsl((await request.body()).decode()))
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[redis.Redis]:
+    """Redis, with nothing in it, for the program and for us."""
+    path = tmp_path / "redis.sock"
+    command = [program("redis-server", "redis-server"), "--port", "0", "--unixsocket", str(path), "--save", ""]
+    with subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.PIPE, text=True) as server:  # noqa: S603
+        try:
+            assert server.stdout is not None
+            while "ready to accept connections" not in (line := server.stdout.readline()):
+                assert line, "it has not started"
+            monkeypatch.setenv("REDIS_URL", f"unix://{path}")
+            with closing(redis.Redis(unix_socket_path=str(path), decode_responses=True)) as client:
+                yield client
+        finally:
+            server.terminate()
+            server.communicate()
+
+
+@pytest.fixture
+async def telegram(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Telegram]:
+    telegram = Telegram()
+    async with serving(telegram.app) as server:
+        monkeypatch.setenv("BOT_API", f"{server.url}/bot")
+        monkeypatch.setenv("BOT_TOKEN", TOKEN)
+        yield telegram
+
+
+class Running:
+    """The program, with all of its parts at work."""
+
+    def __init__(self, program: Program, metrics: str, api: str) -> None:
+        self.program = program
+        self.metrics = metrics
+        self.api = api
+
+    async def hear(self, line: str) -> None:
+        """Wait until it has printed a line that begins so."""
+        await run_sync(self.program.wait_for, line)
+
+    async def end(self) -> tuple[int, str]:
+        return await run_sync(self.program.end)
+
+    def ends(self) -> list[str]:
+        """Which of its parts have said that they have ended."""
+        closed = "INFO:uvicorn.error:Closed "
+        ends = {BOT: "bot", SCHEDULER: "scheduler", closed + self.api: "API", closed + self.metrics: "metrics"}
+        return [ends[line] for line in self.program.said if line in ends]
+
+
+@asynccontextmanager
+async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    monkeypatch.setenv("PORT", "0")
+    monkeypatch.setenv("METRICS_PORT", "0")
+    script = tmp_path / "program.py"
+    script.write_text(readme.file("program.py"))
+    with Program(str(script)) as program:
+        serving = "INFO:uvicorn.error:Serving on "
+        urls = [(await run_sync(program.wait_for, serving)).removeprefix(serving) for _ in range(2)]
+        await run_sync(program.wait_for, "INFO:telegram.ext.Application:Application started")
+        yield Running(program, *urls)
+    for url in urls:
+        assert not listens(url)
+
+
+def listens(url: str) -> bool:
+    """Whether somebody listens there."""
+    where = urlsplit(url)
+    try:
+        socket.create_connection((str(where.hostname), int(where.port or 0))).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+class Posting:
+    """A request whose body is not yet complete, while its handler waits for the rest."""
+
+    def __init__(self, url: str, job: dict[str, Any]) -> None:
+        self.body = json.dumps(job).encode()
+        where = urlsplit(url)
+        self.sock = socket.create_connection((str(where.hostname), int(where.port or 0)))
+        head = "POST /jobs HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n"
+        self.sock.sendall(f"{head}content-length: {len(self.body)}\r\n\r\n".encode())
+        self.file = self.sock.makefile("rb")
+        assert (self.file.readline(), self.file.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+        self.sock.sendall(self.body[:5])
+
+    def finish(self) -> bytes:
+        """Send the rest; return all of the response."""
+        self.sock.sendall(self.body[5:])
+        return self.file.read()
+
+
+@contextmanager
+def posting(url: str, job: dict[str, Any]) -> Iterator[Posting]:
+    begun = Posting(url, job)
+    with begun.sock, begun.file:
+        yield begun
+
+
+def texts(store: redis.Redis) -> list[str]:
+    """The jobs that are there."""
+    jobs: Any = store.xrange("jobs")
+    return [fields["text"] for _, fields in jobs]
+
+
+def in_work(store: redis.Redis) -> list[str]:
+    """Of those, the ones that were begun and not acknowledged; each as often as it was."""
+    pending: Any = store.xpending_range("jobs", "workers", "-", "+", 10)
+    jobs: dict[str, dict[str, str]] = dict(cast(Any, store.xrange("jobs")))
+    return [jobs[each["message_id"]]["text"] for each in pending]
+
+
+async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
+    store: redis.Redis, telegram: Telegram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The job in work is finished and acknowledged, what waits behind it stays, the response in flight is sent; all parts
+    end, the metrics last. And the next run does what is left.
+    """
+    async with running(tmp_path, monkeypatch) as it, httpx.AsyncClient(trust_env=False) as client:
+        telegram.say("paint")
+        assert await telegram.hear() == "done: paint"  # and it waits for the answer
+        assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "varnish"})).status_code == 202
+        with posting(it.api, {"chat": CHAT, "text": "polish"}) as request:
+            it.program.send(signal.SIGTERM)
+            await it.hear("INFO:aioserve:SIGTERM: ending")
+            # The API still answers, also on new connections.
+            assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "wax"})).status_code == 202
+            assert texts(store) == ["paint", "varnish", "wax"]
+            assert in_work(store) == ["paint"]
+
+            telegram.accepting.set()
+            await it.hear(SCHEDULER)
+            assert texts(store) == ["varnish", "wax"]
+            while await run_sync(listens, it.api):
+                pass
+            metrics = (await client.get(f"{it.metrics}/metrics")).text
+            assert "\njobs_done_total 1.0\n" in metrics
+            response = await run_sync(request.finish)
+        assert re.search(rb'^HTTP/1.1 202 .*\r\nconnection: close\r\n.*"\d+-\d"$', response, flags=re.DOTALL)
+        assert await it.end() == (0, "")
+        assert it.ends() == ["bot", "scheduler", "API", "metrics"]
+    assert texts(store) == ["varnish", "wax", "polish"]
+    assert in_work(store) == []
+
+    async with running(tmp_path, monkeypatch) as it:
+        left = [await telegram.hear() for _ in range(3)]
+        assert left == ["done: varnish", "done: wax", "done: polish"]
+        it.program.send(signal.SIGTERM)
+        assert await it.end() == (0, "")
+    assert telegram.sent == ["done: paint", *left]
+    assert texts(store) == in_work(store) == []
+
+
+async def test_a_part_that_fails_ends_the_others_in_order(
+    store: redis.Redis, telegram: Telegram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its very exception comes out, and nothing else; the job is still there, and done at the next start."""
+    telegram.refusing = True
+    async with running(tmp_path, monkeypatch) as it:
+        telegram.say("paint")
+        assert await telegram.hear() == "done: paint"
+        code, err = await it.end()
+        assert code == 1
+        assert it.ends() == ["bot", "scheduler", "API", "metrics"]
+    assert err.count("Traceback (most recent call last):") == 1
+    assert err.endswith("\ntelegram.error.BadRequest: Chat not found\n")
+    assert texts(store) == in_work(store) == ["paint"]
+
+    telegram.refusing = False
+    telegram.accepting.set()
+    async with running(tmp_path, monkeypatch) as it:
+        assert await telegram.hear() == "done: paint"
+        it.program.send(signal.SIGTERM)
+        assert await it.end() == (0, "")
+    assert telegram.sent == ["done: paint"]
+    assert texts(store) == in_work(store) == []
+
+
+async def test_its_scheduler_runs(
+    store: redis.Redis, telegram: Telegram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has counted can be read where the metrics are."""
+    async with running(tmp_path, monkeypatch) as it, httpx.AsyncClient(trust_env=False) as client:
+        for text in ("paint", "varnish"):
+            await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": text})
+        await telegram.hear()
+        await it.hear('INFO:apscheduler.executors.default:Job "count')
+        assert "\njobs_waiting 2.0\n" in (await client.get(f"{it.metrics}/metrics")).text
+        telegram.accepting.set()
+        it.program.send(signal.SIGTERM)
+        assert await it.end() == (0, "")

@@ -1,0 +1,125 @@
+"""
+The README's units for systemd: systemd finds no fault with them, and what they start loses nothing at its restarts.
+
+systemd itself need not run for that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import WARNINGS_ARE_ERRORS
+from tests.integration import readme
+from tests.integration.conftest import program
+from tests.integration.loading import load
+from tests.integration.stopping import longest_stop
+
+RESTARTS = 5
+CLIENTS = 5  # of each kind
+HERE = Path(__file__).parent
+
+# How long the interpreter may take to exit.
+EXIT = 1.0
+
+
+def said(key: str) -> str:
+    """What app.service says of something."""
+    (value,) = re.findall(rf"^{key}=(.*)$", readme.file("app.service"), flags=re.MULTILINE)
+    return str(value)
+
+
+def test_systemd_finds_no_fault_with_them(tmp_path: Path) -> None:
+    """With the files where they belong, and the program where they say."""
+    analyze = program("systemd-analyze", "systemd")
+    units = tmp_path / "etc/systemd/system"
+    units.mkdir(parents=True)
+    for name in ("app.socket", "app.service"):
+        (units / name).write_text(readme.file(name))
+    python = tmp_path / shlex.split(said("ExecStart"))[0].lstrip("/")
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    # Of the units that they depend on, such as sysinit.target, there are none below this root.
+    command = [analyze, "verify", f"--root={tmp_path}", "--recursive-errors=no", "app.socket", "app.service"]
+    verified = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
+
+
+def test_systemd_waits_longer_than_a_stop_can_take() -> None:
+    """As the README's table has it."""
+    arguments = shlex.split(said("ExecStart"))[1:]
+    assert arguments[:2] == ["-m", "aioserve"]
+    longest, limit = longest_stop(arguments[2:]), float(said("TimeoutStopSec"))
+    assert longest + EXIT <= limit
+    *parts, total, told = readme.sums("in `app.service`")
+    assert sum(parts) == total == longest
+    assert told == limit
+
+
+@contextmanager
+def notified(path: Path) -> Iterator[socket.socket]:
+    """Where systemd would hear of what the service says of itself."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(path))
+        listening.settimeout(30)
+        yield listening
+
+
+@pytest.mark.timeout(120)
+def test_restarted_under_load_the_service_refuses_nobody(tmp_path: Path) -> None:
+    """Neither new nor kept-alive connections lose a request; and systemd hears of each start and stop."""
+    activate = program("systemd-socket-activate", "systemd")
+    (tmp_path / "app.py").write_text(readme.file("app.py"))
+    python, *arguments = shlex.split(said("ExecStart"))
+    assert (python, said("WorkingDirectory")) == ("/srv/app/.venv/bin/python", "/srv/app")  # here they are elsewhere
+    served = [sys.executable, *WARNINGS_ARE_ERRORS, *arguments]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(activate, f"--listen=127.0.0.1:{port}", f"--setenv=NOTIFY_SOCKET={tmp_path / 'notify'}"),
+        *(sys.executable, str(HERE / "supervised.py"), said("TimeoutStopSec"), *served),
+    ]
+    with (
+        notified(tmp_path / "notify") as notify,
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(  # noqa: S603
+            command,
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            process_group=0,
+        ) as service,
+    ):
+        try:
+            assert service.stdin is not None
+            assert service.stdout is not None
+            with load(port, CLIENTS, "fresh") as fresh, load(port, CLIENTS, "kept-alive") as kept_alive:
+                for _ in range(RESTARTS):
+                    assert notify.recv(100) == b"READY=1"
+                    service.stdin.write("restart\n")
+                    service.stdin.flush()
+                    assert notify.recv(100) == b"STOPPING=1"
+                assert notify.recv(100) == b"READY=1"
+            lines = service.communicate()[0].splitlines()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(service.pid, signal.SIGKILL)
+    assert service.returncode == 0
+    assert lines == [f"http://127.0.0.1:{port}", "exit code 0"] * (RESTARTS + 1)
+    for counted in (fresh, kept_alive):
+        assert counted["answered"] > CLIENTS * RESTARTS
+        assert (counted["unanswered"], counted["broken"]) == (0, 0)
