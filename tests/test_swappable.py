@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -78,6 +79,12 @@ async def switched(swappable: Swappable, app: object) -> None:
     """Wait until new requests are an app's."""
     while swappable.app is not app:
         await asyncio.sleep(0)
+
+
+async def in_a_thread(act: Callable[[], None]) -> None:
+    """Do something in a thread that is gone afterwards."""
+    with ThreadPoolExecutor(1) as executor:
+        await asyncio.get_running_loop().run_in_executor(executor, act)
 
 
 # What its requests see.
@@ -575,9 +582,14 @@ async def test_without_the_servers_lifespan_the_first_app_is_called_as_it_is(mak
 async def test_swapping_belongs_to_the_servers_loop() -> None:
     """In another one it says so."""
     swappable = Swappable(Named("first"))
-    async with serving(swappable):
+
+    def elsewhere() -> None:
         with pytest.raises(RuntimeError, match="for the event loop that the server runs in"):
-            await anyio.to_thread.run_sync(asyncio.run, swappable.swap(Named("other")))
+            asyncio.run(swappable.swap(Named("other")))
+
+    async with serving(swappable) as server:
+        await in_a_thread(elsewhere)
+        assert (await get(server)).text == "first"
 
 
 async def test_what_cannot_be_an_app_or_a_timeout_is_told_at_once() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import anyio
@@ -202,6 +203,18 @@ class Closable:
                         self.close(timeout=0)
         return late
 
+    def _how(self) -> str:
+        """Say in a word how it is."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: links to where it listens, as long as it does, and how it is."""
+        how = self._how()
+        where = [escape(url) for url in self.urls]
+        if how != "closed":
+            where = [url if "+unix:" in url else f'<a href="{url}" target="_blank">{url}</a>' for url in where]
+        return f"aioserve.{type(self).__name__} {', '.join(where)} <em>{how}</em>"
+
     def _check_caller(self, called: str) -> None:
         loop = _running_loop()
         if loop is not self._loop:
@@ -277,14 +290,15 @@ class Server(Closable):
         """Whether it accepts new connections."""
         return self._engine.acceptor.is_serving()
 
-    def __repr__(self) -> str:
+    def _how(self) -> str:
         if self._engine.closed.is_set():
-            how = "closed"
-        elif self.stopping.is_set():
-            how = "stopping"
-        else:
-            how = "serving" if self.is_serving() else "starting"
-        return f"<aioserve.Server {self.url} {how}>"
+            return "closed"
+        if self.stopping.is_set():
+            return "stopping"
+        return "serving" if self.is_serving() else "starting"
+
+    def __repr__(self) -> str:
+        return f"<aioserve.Server {self.url} {self._how()}>"
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
