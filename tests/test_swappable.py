@@ -7,13 +7,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -32,6 +31,7 @@ from aioserve import (
 )
 from tests.apps import App, AppError, Receive, Scope, Send, without_lifespan
 from tests.clients import Connection, connect, get
+from tests.plain import Plain
 from tests.turns import MANY_TURNS, after, turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -79,6 +79,19 @@ async def switched(swappable: Swappable, app: object) -> None:
     """Wait until new requests are an app's."""
     while swappable.app is not app:
         await asyncio.sleep(0)
+
+
+def sending(app: Any, before: Callable[[dict[str, Any]], Awaitable[None]]) -> Any:
+    """An app with a middleware that does something before each message that is sent."""
+
+    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+        async def wrapped_send(message: Any) -> None:
+            await before(message)
+            await send(message)
+
+        await app(scope, receive, wrapped_send)
+
+    return wrapped
 
 
 async def in_a_thread(act: Callable[[], None]) -> None:
@@ -185,6 +198,7 @@ async def test_a_response_that_has_begun_is_seen_to_be_cut_short(caplog: pytest.
         assert b"0\r\n\r\n" not in rest
         assert b"503" not in rest
     assert "GET /stream" in caplog.text
+    assert "Exception in ASGI application" not in caplog.text
 
 
 class Listening(Named):
@@ -233,21 +247,48 @@ async def test_a_handler_that_clings_holds_nobody(caplog: pytest.LogCaptureFixtu
         assert await connection.reader.readuntil(b"first")
 
 
-async def test_a_timeout_of_the_apps_own_is_left_alone() -> None:
-    """In a handler and in `receive()`, what is interrupted for us and what is not can be told apart."""
+async def test_a_timeout_of_somebody_elses_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """In a handler and in `receive()`, what we have interrupted and what we have not can be told apart."""
+    seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            raise AppError("I do without")
-        await receive()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0):
-                await receive()
-        raise TimeoutError("the app's own")
+        try:
+            await receive()
+        except TimeoutError as exc:
+            seen.append(str(exc))
+            raise TimeoutError("the app's own") from None
+        raise AppError("I do without a lifespan")
 
-    swappable = Swappable(app)
-    async with serving(swappable) as server:
-        assert (await get(server)).status_code == 500
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        async def times_out() -> None:
+            raise TimeoutError("the server's own")
+
+        await swappable(scope, times_out if scope["type"] == "http" else receive, send)
+
+    swappable = Swappable(without_lifespan)
+    async with serving(server) as running:
+        await swappable.swap(Starlette(routes=[Mount("/", app)]))
+        assert (await get(running)).status_code == 500
+    assert seen == ["the server's own"]
+    assert "TimeoutError: the app's own" in caplog.text
+
+
+async def test_an_apology_is_no_part_of_the_apps_call() -> None:
+    """It is not cancelled, also where it takes its time."""
+    first = Listening("first", farewell=False)
+    swappable = Swappable(first)
+
+    async def slowly(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            await turns()
+
+    async with serving(sending(swappable, slowly)) as server, connect(server) as connection:
+        connection.ask("/")
+        await first.holding.wait()
+        await turns()
+        await swappable.swap(Named("other"), shutdown_timeout=0)
+        assert (await connection.reader.readuntil(b"ask again.\n")).startswith(b"HTTP/1.1 503")
+    assert first.life == WHOLE_LIFE
 
 
 async def test_the_server_can_still_cancel_a_handler() -> None:
@@ -300,6 +341,9 @@ class Pushing(Named):
         try:
             await self.release.wait()
             await send({"type": "websocket.send", "text": "news"})
+        except OSError as exc:
+            self.events.append(str(exc))
+            raise
         finally:
             await send({"type": "websocket.close"})
             self.events.append("websocket over")
@@ -319,8 +363,56 @@ async def test_a_websocket_that_does_not_listen_is_closed_all_the_same(caplog: p
                 assert not swap.done()
                 first.release.set()
             swap.result()
-        assert first.events == ["startup", "websocket over", "shutdown", "lifespan over"]
+        closed = "the WebSocket was closed with 1012: its app has been replaced"
+        assert first.events == ["startup", closed, "websocket over", "shutdown", "lifespan over"]
     assert caplog.text == ""
+
+
+async def test_a_handler_is_told_at_once_and_does_not_cut_the_close_short() -> None:
+    """Some servers take their time to send it."""
+    first = Named("first")
+    swappable = Swappable(first)
+
+    async def slowly(message: dict[str, Any]) -> None:
+        while message["type"] == "websocket.close" and "websocket 1012" not in first.events:
+            await asyncio.sleep(0)
+        await turns()
+
+    async with serving(sending(swappable, slowly)) as server:
+        async with connect_websocket(server.url.replace("http", "ws"), proxy=None) as websocket:
+            await websocket.send("hello")
+            assert await websocket.recv() == "hello"
+            await swappable.swap(Named("other"), shutdown_timeout=None)
+            with pytest.raises(ConnectionClosed) as caught:
+                await websocket.recv()
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1012
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+async def test_a_websocket_that_cannot_be_closed_holds_nobody(how: str) -> None:
+    """Its client has gone, perhaps; and the server has its own way to say so, or does not yet know."""
+    first = Pushing("first")
+    swappable = Swappable(first)
+
+    async def fails(message: dict[str, Any]) -> None:
+        if message["type"] == "websocket.close":
+            if how == "raises":
+                raise AppError("the server's own")
+            await asyncio.Event().wait()
+
+    async with serving(sending(swappable, fails)) as server:
+        async with connect_websocket(server.url.replace("http", "ws"), proxy=None) as websocket:
+            await first.holding.wait()
+            async with swapping(swappable, Named("other"), shutdown_timeout=None if how == "raises" else 0) as swap:
+                if how == "raises":
+                    await switched(swappable, swappable.app)
+                    await turns()
+                    first.release.set()
+            swap.result()
+            with pytest.raises(ConnectionClosed):
+                await websocket.recv()
+    assert first.events[-3:] == ["websocket over", "shutdown", "lifespan over"]
 
 
 async def test_a_websocket_that_was_not_open_yet_is_closed_when_it_is() -> None:
@@ -678,6 +770,22 @@ async def test_cancelled_after_the_switch_it_lets_the_old_app_finish() -> None:
         assert (await connection.reader.readuntil(b"ask again.\n")).startswith(b"HTTP/1.1 503")
 
 
+async def test_a_scope_lets_the_old_app_finish_as_well() -> None:
+    """Though it delivers its cancellation anew with each turn of the loop."""
+    first = Named("first")
+    swappable = Swappable(first)
+    async with serving(swappable) as server, connect(server) as connection:
+        connection.ask("/hold")
+        await first.holding.wait()
+        with anyio.CancelScope() as scope:
+            after(MANY_TURNS, scope.cancel)
+            after(2 * MANY_TURNS, first.release.set)
+            await swappable.swap(Named("other"))
+        assert scope.cancelled_caught
+        assert await connection.reader.readuntil(b"first")
+    assert first.events == ["startup", "GET /hold", "answered /hold", "shutdown", "lifespan over"]
+
+
 async def test_a_failure_behind_a_cancellation_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Since it is the cancellation that comes out."""
     first, second = Named("first", shutdown="raises"), Named("other")
@@ -845,6 +953,15 @@ async def test_served_again_it_begins_with_its_last_app() -> None:
     assert (first.life, second.life) == (WHOLE_LIFE, WHOLE_LIFE * 2)
 
 
+async def test_when_its_server_has_stopped_it_is_as_before() -> None:
+    """Nothing stays of what its apps' lifespans have made."""
+    swappable = Swappable(Named("first"))
+    async with serving(swappable) as server:
+        assert (await get(server)).text == "first"
+    async with serving(swappable, lifespan="off") as server:
+        assert (await get(server)).text == "hello"
+
+
 async def test_it_is_for_one_server_at_a_time() -> None:
     """The second one cannot start."""
     swappable = Swappable(Named("first"))
@@ -854,46 +971,41 @@ async def test_it_is_for_one_server_at_a_time() -> None:
         assert (await get(server)).text == "first"
 
 
-def test_a_loop_that_ends_early_still_ends_the_app_in_order() -> None:
-    """`asyncio.run` cancels every task at its end, the apps' own among them."""
+def test_a_loop_that_ends_early_ends_the_app_in_order() -> None:
+    """`asyncio.run` cancels every task at its end, the apps' own among them; the last request is over before."""
     events = []
+    asked = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             yield
             events.append("in order")
         finally:
             events.append("over")
 
-    async def main() -> None:
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/")
+    async def hold() -> None:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await turns(5)
+            events.append("tidied up")
+
+    async def main() -> socket.socket:
         swappable = Swappable(without_lifespan)
-        await start(swappable)
-        await swappable.swap(Starlette(lifespan=lifespan))
+        server = await start(swappable)
+        await swappable.swap(app)
+        client = socket.create_connection((server.host, server.port))
+        client.sendall(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+        await asked.wait()
+        return client
 
-    asyncio.run(main())
-    assert events == ["in order", "over"]
-
-
-class Plain:
-    """A `uvicorn.Server` as others run it, in a task; it has no port to tell before it has started."""
-
-    def __init__(self, app: Any, **options: Any) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.host, self.port = self.socket.getsockname()
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_config=None, **options))
-        self.task = asyncio.create_task(self.uvicorn.serve([self.socket]))
-
-    async def __aenter__(self) -> Plain:
-        while not self.uvicorn.started:
-            assert not self.task.done()
-            await asyncio.sleep(0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.uvicorn.should_exit = True
-        await asyncio.wait({self.task})
-        self.socket.close()
+    asyncio.run(main()).close()
+    assert events == ["tidied up", "in order", "over"]
 
 
 async def test_under_uvicorns_own_server_it_is_the_same() -> None:
@@ -914,7 +1026,6 @@ async def test_under_uvicorns_own_server_it_is_the_same() -> None:
         assert await connection.reader.readuntil(b"other")
         writer.close()
         await writer.wait_closed()
-    server.task.result()
     assert (first.life, second.life) == (WHOLE_LIFE, WHOLE_LIFE)
 
 
@@ -924,29 +1035,47 @@ async def test_under_uvicorns_own_server_a_failing_shutdown_is_reported(
 ) -> None:
     """In uvicorn's own way, which is to log what it was told."""
     app = Named("first", shutdown="raises")
-    async with Plain(Swappable(app), lifespan=lifespan) as server:
+    async with Plain(Swappable(app), lifespan=lifespan):
         pass
-    server.task.result()
     assert "the app's lifespan failed to shut down: AppError: the app's own" in caplog.text
     assert app.life == WHOLE_LIFE
 
 
-async def test_a_server_that_is_cancelled_with_its_lifespan_leaves_no_app_behind() -> None:
-    """As when a loop ends that runs another server: the app's lifespan is ended all the same."""
+async def test_under_uvicorns_own_server_a_death_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """In uvicorn's own way; it goes on all the same."""
     app = Named("first")
-    received = asyncio.Queue[dict[str, Any]]()
-    sent: list[str] = []
+    async with Plain(Swappable(app), lifespan="on"):
+        app.crash.set()
+        await turns()
+    assert "Exception in 'lifespan' protocol" in caplog.text
+    assert "AppError: the app's own" in caplog.text
+    assert app.life == ["startup", "lifespan over"]
+
+
+@pytest.mark.parametrize("when", ["while it serves", "while it shuts down"])
+async def test_a_cancelled_lifespan_of_the_server_leaves_no_app_behind(when: str) -> None:
+    """As when a loop ends that runs another server; the app's lifespan ends, and then the cancellation goes on."""
+    app = Named("first", shutdown="clings")
+    told = asyncio.Queue[dict[str, Any]]()
+    said: list[str] = []
 
     async def send(message: Any) -> None:
-        sent.append(message["type"])
+        said.append(message["type"])
 
-    lifespan = asyncio.create_task(
-        Swappable(app)({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, received.get, send)
-    )
-    received.put_nowait({"type": "lifespan.startup"})
+    scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+    lifespan = asyncio.create_task(Swappable(app)(scope, told.get, send))
+    told.put_nowait({"type": "lifespan.startup"})
     await turns()
-    assert sent == ["lifespan.startup.complete"]
+    assert said == ["lifespan.startup.complete"]
+    if when == "while it shuts down":
+        told.put_nowait({"type": "lifespan.shutdown"})
+        await app.holding.wait()
+    else:
+        app.release.set()
     lifespan.cancel()
+    await turns()
+    app.release.set()
     await asyncio.wait({lifespan})
     assert lifespan.cancelled()
     assert app.life == WHOLE_LIFE
+    assert said == ["lifespan.startup.complete"]

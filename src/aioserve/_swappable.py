@@ -149,20 +149,20 @@ class Swappable:
         self._server_state: dict[str, Any] = scope.get("state", {})
         self._lock = asyncio.Lock()
         try:
-            current = await self._begin(self._app, None)
+            self._current = await self._begin(self._app, None)
         except StartupError as exc:
             await send({"type": "lifespan.startup.failed", "message": str(exc)})
             error: BaseException | None = exc
         else:
-            error = await self._serve_until_told(current, receive, send)
+            error = await self._serve_until_told(receive, send)
         if error is not None and error.__cause__ is not None:
             raise error.__cause__  # the app's own, as if the server had called the app itself
 
-    async def _serve_until_told(self, current: _Life, receive: Receive, send: Send) -> BaseException | None:
+    async def _serve_until_told(self, receive: Receive, send: Send) -> BaseException | None:
         died = False
         try:
             async with asyncio.timeout(None) as self._until_death:
-                self._loop, self._current = asyncio.get_running_loop(), current
+                self._loop = asyncio.get_running_loop()
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
         except TimeoutError:
@@ -172,7 +172,8 @@ class Swappable:
         finally:
             # Swaps are over; and the server, which sees to its requests itself, has none left.
             self._loop = None
-            current, self._current = self._current or current, None
+            current, self._current = self._current, None
+            assert current is not None
             for life in self._lives:
                 life.end()
             late = await _outlast({life.task for life in self._lives}, self._give_up)
@@ -192,6 +193,7 @@ class Swappable:
         try:
             await asyncio.wait({life.started, life.task}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
+            life.end()
             life.force()
             await _outlast({life.task})
             raise
@@ -252,7 +254,7 @@ class _Life:
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = loop.create_future()
         self.task = loop.create_task(self._live(), name="aioserve swappable")
-        """It raises nothing, and its end is the end of everything; to cancel it is to force."""
+        """It raises nothing, and its end is the end of everything; cancelling it only hurries that."""
 
     async def _live(self) -> None:
         try:
@@ -262,8 +264,9 @@ class _Life:
             return
         self.started.set_result(None)
 
-        await self._waiting.wait_for(lambda: self._retired or self._ended or self.lifespan.died)
-        if self._retired or self._waiting.forced:
+        # A loop that ends cancels this as well as its server; which will tell us when its requests are over.
+        await self._waiting.wait_for(lambda: self._retired or self._ended or self.lifespan.died, even_if_forced=True)
+        if self._retired:
             await self._finish()
         elif not self._ended:
             self._on_death(self)
@@ -347,7 +350,7 @@ class _Call:
         self._receiving: set[asyncio.Timeout] = set()
         self._answered = False  # a response has begun, or a WebSocket was accepted or refused
         self._disconnected = False  # receive() says that the client has gone
-        self._is_open = False  # a WebSocket that was accepted, and not closed
+        self._is_open = False  # a WebSocket that was accepted, and not closed by us
         self._retired = False
         self._closing: asyncio.Task[None] | None = None
         self._until_cut: asyncio.Timeout | None = None
@@ -396,8 +399,6 @@ class _Call:
                 return
             raise _ClosedError("the WebSocket was closed with 1012: its app has been replaced")
         self._answered = True
-        if message["type"] == "websocket.close":
-            self._is_open = False
         await self._send(message)
         if message["type"] == "websocket.accept":
             self._is_open = True
