@@ -820,6 +820,22 @@ async def test_one_that_waits_its_turn_can_be_cancelled() -> None:
     assert (second.life, third.events) == (["startup", "lifespan over"], [])
 
 
+async def test_one_that_waits_its_turn_when_the_server_stops_is_refused() -> None:
+    """Its app is not asked."""
+    second, third = Named("other", "hangs"), Named("third")
+    swappable = Swappable(Named("first"))
+    async with serving(swappable):
+        one = asyncio.create_task(swappable.swap(second))
+        await second.started.wait()
+        two = asyncio.create_task(swappable.swap(third))
+        await turns()
+    await asyncio.wait({one, two})
+    assert isinstance(one.exception(), StartupInterruptedError)
+    with pytest.raises(RuntimeError, match="for the time between"):
+        two.result()
+    assert third.events == []
+
+
 # What the server sees.
 
 

@@ -21,6 +21,8 @@ from aioserve.demo import Worker, make_app
 from tests.integration.conftest import program
 from tests.programs import Program
 
+pytestmark = pytest.mark.timeout(180)  # a browser takes seconds to start, and more on a busy machine
+
 PICTURE = Path(__file__).parent / "demo.png"
 
 # What it says and what it draws is for nobody; as root it has no sandbox; and it reaches nothing but this machine.
@@ -102,7 +104,6 @@ def test_the_picture_in_the_readme_is_there() -> None:
     assert PICTURE.stat().st_size < 60_000
 
 
-@pytest.mark.timeout(120)
 async def test_a_browser_and_its_server_can_share_a_loop() -> None:
     """With Playwright's own asyncio interface; and the page goes on when its app is swapped."""
     worker = Worker()

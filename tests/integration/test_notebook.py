@@ -15,6 +15,8 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
+pytestmark = pytest.mark.timeout(180)  # a kernel takes seconds to start, and more on a busy machine
+
 
 class Notebook:
     """A notebook that is written and run cell by cell."""
