@@ -898,6 +898,33 @@ async def test_a_crash_ends_a_new_app_that_is_about_to_start() -> None:
     assert second.life == ["startup", "lifespan over"]
 
 
+async def test_a_death_at_every_turn_of_a_swap_is_the_servers_or_the_old_apps() -> None:
+    """Before the switch the server has crashed, and after it the swap has failed; there is nothing in between."""
+    outcomes = set()
+    for turn in range(MANY_TURNS):
+        first, second = Slow("first"), Slow("other")
+        swappable = Swappable(first)
+        server = await start(swappable)
+        task = asyncio.create_task(swappable.swap(second))
+        after(turn, first.crash.set)
+        await asyncio.wait({task})
+        await turns()
+        error = task.exception()
+        if isinstance(error, StartupInterruptedError):
+            with pytest.raises(ServerCrashedError):
+                await server.aclose()
+            assert swappable.app is first
+        else:
+            assert (await get(server)).text == "other"
+            assert isinstance(error, ShutdownError | None)
+            await server.aclose()
+            assert second.life == WHOLE_LIFE
+        assert first.has_ended_if_begun()
+        assert second.has_ended_if_begun()
+        outcomes.add(type(error))
+    assert outcomes == {StartupInterruptedError, ShutdownError, type(None)}
+
+
 async def test_a_stop_interrupts_the_start_of_a_new_app() -> None:
     """The old one ends, and whoever swaps hears why."""
     first, second = Named("first"), Named("other", "hangs")
