@@ -389,30 +389,41 @@ async def test_a_handler_is_told_at_once_and_does_not_cut_the_close_short() -> N
         assert caught.value.rcvd.code == 1012
 
 
-@pytest.mark.parametrize("how", ["raises", "hangs"])
-async def test_a_websocket_that_cannot_be_closed_holds_nobody(how: str) -> None:
-    """Its client has gone, perhaps; and the server has its own way to say so, or does not yet know."""
-    first = Pushing("first")
+async def test_a_websocket_that_cannot_be_closed_is_nobodys_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """Its client has gone, perhaps; and each server has its own way to say so."""
+    first = Named("first")
     swappable = Swappable(first)
 
     async def fails(message: dict[str, Any]) -> None:
         if message["type"] == "websocket.close":
-            if how == "raises":
-                raise AppError("the server's own")
-            await asyncio.Event().wait()
+            raise AppError("the server's own")
 
     async with serving(sending(swappable, fails)) as server:
         async with connect_websocket(server.url.replace("http", "ws"), proxy=None) as websocket:
-            await first.holding.wait()
-            async with swapping(swappable, Named("other"), shutdown_timeout=None if how == "raises" else 0) as swap:
-                if how == "raises":
-                    await switched(swappable, swappable.app)
-                    await turns()
-                    first.release.set()
-            swap.result()
+            await swappable.swap(Named("other"), shutdown_timeout=None)
             with pytest.raises(ConnectionClosed):
                 await websocket.recv()
-    assert first.events[-3:] == ["websocket over", "shutdown", "lifespan over"]
+    assert first.events == ["startup", "websocket 1012", "shutdown", "lifespan over"]
+    assert caplog.text == ""
+
+
+async def test_a_websocket_whose_close_hangs_holds_nobody() -> None:
+    """It is cut short with its handler."""
+    first = Pushing("first")
+    swappable = Swappable(first)
+    never = asyncio.Event()
+
+    async def hangs(message: dict[str, Any]) -> None:
+        if message["type"] == "websocket.close":
+            await never.wait()
+
+    async with serving(sending(swappable, hangs)) as server:
+        async with connect_websocket(server.url.replace("http", "ws"), proxy=None):
+            await swappable.swap(Named("other"), shutdown_timeout=0)
+            await turns()
+            assert not any(task.get_name() == "aioserve websocket" for task in asyncio.all_tasks())
+    assert first.events == ["startup", "websocket over", "shutdown", "lifespan over"]
+    never.set()
 
 
 async def test_a_websocket_that_was_not_open_yet_is_closed_when_it_is() -> None:
@@ -750,6 +761,25 @@ async def test_it_can_be_cancelled_at_every_turn(how: str) -> None:
         assert first.life == WHOLE_LIFE
         outcomes.add((swappable.app is second, cancelled))
     assert outcomes == {(False, True), (True, True), (True, False)}
+
+
+async def test_cancelled_in_the_last_moment_before_the_switch_a_new_app_cannot_hold_it() -> None:
+    """One that has just started, and hangs when it is to end again."""
+    for turn in range(MANY_TURNS):
+        first, second = Named("first"), Slow("other", shutdown="hangs")
+        swappable = Swappable(first)
+        server = await start(swappable)
+        task = asyncio.create_task(swappable.swap(second))
+        after(turn, task.cancel)
+        await asyncio.wait({task})
+        if swappable.app is second:
+            break
+        await server.aclose()
+        assert second.has_ended_if_begun()
+    assert second.life == ["startup"]
+    with pytest.raises(ShutdownError):
+        server.close(timeout=0)
+        await server.aclose()
 
 
 async def test_cancelled_after_the_switch_it_lets_the_old_app_finish() -> None:
