@@ -117,7 +117,10 @@ async def test_a_browser_and_its_server_can_share_a_loop() -> None:
         await page.wait_for_function(LIVE, arg={"count": 0, "events": 0, "echo": 0})
 
         await swappable.swap(make_app(worker), shutdown_timeout=0)
-        await page.wait_for_function("() => window.seen.echo.includes('closed: 1012')")
+        # The stream is the old app's, and would go on for ever; the browser then asks for a new one.
+        await page.wait_for_function(
+            "() => window.seen.echo.includes('closed: 1012') && window.seen.events.includes('no server')"
+        )
         before = await page.evaluate(HOW_MANY)
         await page.wait_for_function(LIVE, arg=before)
         assert "no server" not in await page.evaluate("() => window.seen.count")
