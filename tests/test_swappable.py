@@ -94,6 +94,11 @@ def sending(app: Any, before: Callable[[dict[str, Any]], Awaitable[None]]) -> An
     return wrapped
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged; but not what asyncio's debug mode says of a busy machine."""
+    return [record.getMessage() for record in caplog.records if record.name != "asyncio"]
+
+
 async def in_a_thread(act: Callable[[], None]) -> None:
     """Do something in a thread that is gone afterwards."""
     with ThreadPoolExecutor(1) as executor:
@@ -365,7 +370,7 @@ async def test_a_websocket_that_does_not_listen_is_closed_all_the_same(caplog: p
             swap.result()
         closed = "the WebSocket was closed with 1012: its app has been replaced"
         assert first.events == ["startup", closed, "websocket over", "shutdown", "lifespan over"]
-    assert caplog.text == ""
+    assert logged(caplog) == []
 
 
 async def test_a_handler_is_told_at_once_and_does_not_cut_the_close_short() -> None:
@@ -404,7 +409,7 @@ async def test_a_websocket_that_cannot_be_closed_is_nobodys_fault(caplog: pytest
             with pytest.raises(ConnectionClosed):
                 await websocket.recv()
     assert first.events == ["startup", "websocket 1012", "shutdown", "lifespan over"]
-    assert caplog.text == ""
+    assert logged(caplog) == []
 
 
 async def test_a_websocket_whose_close_hangs_holds_nobody() -> None:

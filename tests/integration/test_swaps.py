@@ -20,6 +20,7 @@ import pytest
 
 from aioserve import Swappable, serving
 from tests.plain import Plain
+from tests.turns import turns
 
 LOAD = Path(__file__).parent.parent / "load.py"
 SWAPS = 200
@@ -34,6 +35,8 @@ class Counting:
     """An app that counts its lives, and tells when it has answered so many requests."""
 
     lives: ClassVar = Counter[str]()
+    late: ClassVar = Counter[str]()
+    swappable: ClassVar[Swappable]
 
     def __init__(self) -> None:
         self.left = 2 * CLIENTS
@@ -49,10 +52,11 @@ class Counting:
             self.lives["ended"] += 1
             await send({"type": "lifespan.shutdown.complete"})
             return
-        await asyncio.sleep(0)
+        await turns(10)  # so that swaps come in the middle of requests
         assert scope["state"]["app"] == id(self)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         await send({"type": "http.response.body", "body": b"hello"})
+        self.late["answered"] += self.swappable.app is not self
         self.left -= 1
         if self.left <= 0:
             self.enough.set()
@@ -64,6 +68,7 @@ class Counting:
 async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each app's lifespan begins and ends once, and nothing is left of it."""
     monkeypatch.setattr(Counting, "lives", Counter())
+    monkeypatch.setattr(Counting, "late", Counter())
     apps = weakref.WeakSet[Counting]()
 
     def make() -> Counting:
@@ -76,6 +81,7 @@ async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeyp
         return tracemalloc.get_traced_memory()[0]
 
     swappable = Swappable(make())
+    monkeypatch.setattr(Counting, "swappable", swappable, raising=False)
     async with server(swappable) as running:
         command = [sys.executable, str(LOAD), str(running.port), str(CLIENTS), kind]
         with (
@@ -102,6 +108,7 @@ async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeyp
     assert Counting.lives == {"started": SWAPS + 1, "ended": SWAPS + 1}
 
     counts = json.loads(counted)
+    assert Counting.late["answered"] > 0  # by apps that had been swapped out meanwhile
     assert counts["answered"] >= 2 * CLIENTS * SWAPS
     assert (counts["unanswered"], counts["broken"]) == (0, 0)
     assert left < LEFT_BY_A_SWAP * (SWAPS - WARM_UP)
