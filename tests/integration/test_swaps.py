@@ -91,16 +91,19 @@ async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeyp
         ):
             assert load.stdin is not None
             assert load.stdout is not None
+            counting = asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
             for swap in range(SWAPS):
                 if swap == WARM_UP:
                     tracemalloc.start()
                     before = traced()
                 app: Any = swappable.app
-                await app.enough.wait()
+                enough = asyncio.create_task(app.enough.wait())
+                await asyncio.wait({enough, counting}, return_when=asyncio.FIRST_COMPLETED)
+                assert enough.done(), "a client has met something that is no answer, and they have all ended"
                 await swappable.swap(make())
-            del app
+            del app, enough
             load.stdin.close()
-            counted = await asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
+            counted = await counting
             assert load.wait() == 0
         left = traced() - before
         tracemalloc.stop()
