@@ -101,7 +101,10 @@ async def test_it_serves_for_the_length_of_a_block(capfd: pytest.CaptureFixture[
         assert server.returncode is None
         assert server.report is None
         assert (await get(server)).text == "hello"
+        link = f'<a href="{server.url}" target="_blank">{server.url}</a>'
+        assert server._repr_html_() == f"aioserve.ServerProcess {link} <em>running</em>"
         port = server.port
+    assert server._repr_html_() == f"aioserve.ServerProcess {server.url} <em>closed</em>"
     assert server.returncode == 0
     assert server.report is not None
     assert server.report[1:] == (0, (), (), False)

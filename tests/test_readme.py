@@ -75,7 +75,7 @@ def sections() -> dict[str, str]:
     """The README by its headings; each section stands on its own."""
     _, *parts = re.split(r"^#+ (.*)$", README.read_text(), flags=re.MULTILINE)
     code = {heading: text for heading, text in zip(parts[::2], parts[1::2], strict=True) if "```python" in text}
-    assert len(code) == 21
+    assert len(code) == 22
     return code
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -224,6 +225,34 @@ async def test_repr_tells_how_it_is() -> None:
         assert repr(server) == f"<aioserve.Server {server.url} stopping>"
         app.release.set()
     assert repr(server) == f"<aioserve.Server {server.url} closed>"
+
+
+async def test_a_notebook_shows_links() -> None:
+    """To every address, as long as there is something behind them; and how it is."""
+    app = App()
+    async with serving(app, host=["127.0.0.1", "::1"]) as server, connect(server) as connection:
+        one, two = (f'<a href="{url}" target="_blank">{url}</a>' for url in server.urls)
+        assert server._repr_html_() == f"aioserve.Server {one}, {two} <em>serving</em>"
+        connection.ask("/hold")
+        await app.holding.wait()
+        server.close()
+        assert server._repr_html_() == f"aioserve.Server {one}, {two} <em>stopping</em>"
+        app.release.set()
+    assert server._repr_html_() == f"aioserve.Server {server.urls[0]}, {server.urls[1]} <em>closed</em>"
+
+
+async def test_a_notebook_shows_no_link_where_no_browser_gets(tmp_path: Path) -> None:
+    """To a Unix socket."""
+    async with serving(App(), uds=tmp_path / "app.sock") as server:
+        assert server._repr_html_() == f"aioserve.Server {server.url} <em>serving</em>"
+
+
+async def test_a_notebook_is_shown_text_and_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an address may look like."""
+    async with serving(App()) as server:
+        monkeypatch.setattr(server._engine, "urls", ['http://<b>&"'])
+        url = "http://&lt;b&gt;&amp;&quot;"
+        assert server._repr_html_() == f'aioserve.Server <a href="{url}" target="_blank">{url}</a> <em>serving</em>'
 
 
 async def test_several_servers_live_in_one_loop() -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aioserve._serving import start as start
     from aioserve._shutdown import HeldUp as HeldUp
     from aioserve._shutdown import Report as Report
+    from aioserve._swappable import Swappable as Swappable
 
 __all__ = [
     "App",
@@ -46,6 +47,7 @@ __all__ = [
     "StartupInterruptedError",
     "StartupTimeoutError",
     "Stats",
+    "Swappable",
     "serve",
     "serving",
     "serving_process",
@@ -66,6 +68,7 @@ _HOME = {
     "StartupInterruptedError": "_errors",
     "StartupTimeoutError": "_errors",
     "Stats": "_server",
+    "Swappable": "_swappable",
     "serve": "_serving",
     "serving": "_serving",
     "serving_process": "_process",

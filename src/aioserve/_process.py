@@ -89,9 +89,11 @@ class ServerProcess(Closable):
         """How it was closed, and what had to be forced; `None` before that, and if the child did not live to tell."""
         return self._engine.report
 
+    def _how(self) -> str:
+        return "closed" if self._engine.closed.is_set() else "running"
+
     def __repr__(self) -> str:
-        how = "closed" if self._engine.closed.is_set() else "running"
-        return f"<aioserve.ServerProcess {self.pid} {self.url} {how}>"
+        return f"<aioserve.ServerProcess {self.pid} {self.url} {self._how()}>"
 
 
 @asynccontextmanager

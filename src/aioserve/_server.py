@@ -214,6 +214,20 @@ class Closable:
                         self.close(timeout=0)
         return late
 
+    def _how(self) -> str:
+        """Say in a word how it is."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: links to where it listens, as long as it does, and how it is."""
+        from html import escape  # for notebooks only
+
+        how = self._how()
+        where = [escape(url) for url in self.urls]
+        if how != "closed":
+            where = [url if "+unix:" in url else f'<a href="{url}" target="_blank">{url}</a>' for url in where]
+        return f"aioserve.{type(self).__name__} {', '.join(where)} <em>{how}</em>"
+
     def _check_caller(self, called: str) -> None:
         loop = _running_loop()
         if loop is not self._loop:
@@ -289,14 +303,15 @@ class Server(Closable):
         """Whether it accepts new connections."""
         return self._engine.acceptor.is_serving()
 
-    def __repr__(self) -> str:
+    def _how(self) -> str:
         if self._engine.closed.is_set():
-            how = "closed"
-        elif self._engine.is_stopping:
-            how = "stopping"
-        else:
-            how = "serving" if self.is_serving() else "starting"
-        return f"<aioserve.Server {self.url} {how}>"
+            return "closed"
+        if self._engine.is_stopping:
+            return "stopping"
+        return "serving" if self.is_serving() else "starting"
+
+    def __repr__(self) -> str:
+        return f"<aioserve.Server {self.url} {self._how()}>"
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

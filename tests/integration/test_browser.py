@@ -1,0 +1,128 @@
+"""
+The demo's page in a browser: Debian's Chromium, driven by Playwright.
+
+With `AIOSERVE_SCREENSHOT=1` in the environment, the picture for the README is taken anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from playwright.async_api import async_playwright
+from playwright.sync_api import Page, sync_playwright
+
+from aioserve import Swappable, serving
+from aioserve.demo import Worker, make_app
+from tests.integration.conftest import program
+from tests.programs import Program
+
+pytestmark = pytest.mark.timeout(180)  # a browser takes seconds to start, and more on a busy machine
+
+PICTURE = Path(__file__).parent / "demo.png"
+
+# What it says and what it draws is for nobody; as root it has no sandbox; and it reaches nothing but this machine.
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+# Keeps what the page has shown, each value in turn. Were the page loaded again, it would begin anew.
+RECORD = """
+window.seen = {count: [], events: [], echo: []}
+new MutationObserver(mutations => {
+  for (const {target} of mutations) window.seen[target.id]?.push(target.textContent)
+}).observe(document, {subtree: true, childList: true})
+"""
+
+# Whether each of the three has shown two more values since so many.
+LIVE = """
+since => Object.entries(window.seen).every(([id, texts]) =>
+  new Set(texts.slice(since[id]).filter(text => /^(hello [(])?[0-9]+[)]?$/.test(text))).size >= 2)
+"""
+
+HOW_MANY = "() => Object.fromEntries(Object.entries(window.seen).map(([id, texts]) => [id, texts.length]))"
+
+# Whether each of the three has shown that its server has gone.
+GONE = """
+() => window.seen.count.includes("no server") && window.seen.events.includes("no server")
+  && window.seen.echo.includes("closed: 1012")
+"""
+
+
+def run_demo(port: int) -> Program:
+    return Program("-m", "aioserve.demo", "--port", str(port))
+
+
+def url_of(demo: Program) -> str:
+    return demo.wait_for("open http").split()[1]
+
+
+def stop(demo: Program) -> None:
+    demo.send(signal.SIGINT)
+    assert demo.end() == (0, "")
+
+
+def test_the_page_outlives_its_server() -> None:
+    """Three conversations are live, end in order with the demo, and go on with the next one; nobody loads it again."""
+    ended: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 760, "height": 400})
+        page.add_init_script(RECORD)
+        for how in ("requestfinished", "requestfailed"):
+            page.on(how, lambda request, how=how: ended.append(f"{how} {request.url.rpartition('/')[2]}"))
+        with run_demo(0) as demo:
+            url = url_of(demo)
+            page.goto(url)
+            page.wait_for_function(LIVE, arg={"count": 0, "events": 0, "echo": 0})
+            if os.environ.get("AIOSERVE_SCREENSHOT"):
+                take_picture(page)
+            stop(demo)
+        page.wait_for_function(GONE)
+        assert "requestfinished events" in ended
+        assert "requestfailed events" not in ended
+
+        before = page.evaluate(HOW_MANY)
+        with run_demo(int(url.rpartition(":")[2])) as demo:
+            assert url_of(demo) == url
+            page.wait_for_function(LIVE, arg=before)
+            browser.close()
+            stop(demo)
+
+
+def take_picture(page: Page) -> None:
+    page.screenshot(path=PICTURE, clip={"x": 0, "y": 0, "width": 760, "height": 400})
+
+
+def test_the_picture_in_the_readme_is_there() -> None:
+    """And is small."""
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    assert re.search(r"!\[.*\]\(tests/integration/demo\.png\)", readme)
+    assert PICTURE.read_bytes().startswith(b"\x89PNG")
+    assert PICTURE.stat().st_size < 60_000
+
+
+async def test_a_browser_and_its_server_can_share_a_loop() -> None:
+    """With Playwright's own asyncio interface; and the page goes on when its app is swapped."""
+    worker = Worker()
+    working = asyncio.create_task(worker.run())
+    swappable = Swappable(make_app(worker))
+    async with serving(swappable) as server, async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
+        page = await browser.new_page()
+        await page.add_init_script(RECORD)
+        await page.goto(server.url)
+        await page.wait_for_function(LIVE, arg={"count": 0, "events": 0, "echo": 0})
+
+        await swappable.swap(make_app(worker), shutdown_timeout=0)
+        # The stream is the old app's, and would go on for ever; the browser then asks for a new one.
+        await page.wait_for_function(
+            "() => window.seen.echo.includes('closed: 1012') && window.seen.events.includes('no server')"
+        )
+        before = await page.evaluate(HOW_MANY)
+        await page.wait_for_function(LIVE, arg=before)
+        assert "no server" not in await page.evaluate("() => window.seen.count")
+        await browser.close()
+    working.cancel()
