@@ -44,14 +44,14 @@ PROGRAMS = [
 
 
 def run_suite(session: nox.Session, *options: str) -> None:
-    """Run the suite, and say first on what."""
+    """Run the suite; say first on what, and at last what took long."""
     session.run(
         "python",
         "-c",
         "import platform; from importlib.metadata import version as v; "
         "print('uvicorn', v('uvicorn'), 'anyio', v('anyio'), 'python', platform.python_version(), flush=True)",
     )
-    session.run("python", "-m", "pytest", "-n", "2", *options, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "2", "--durations", "10", *options, *session.posargs)
 
 
 @nox.session(python=PYTHONS)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from aioserve._lifespan import Lifespan
 from tests.apps import App, Receive, Scope, Send
 
 
@@ -69,9 +70,14 @@ class Late(App):
         await super().lifespan(scope, receive, send)
 
 
+def clinging_in_a_hurry() -> App:
+    """Make an app that does not shut down, and shorten the time that it would be given here."""
+    Lifespan.grace = 0.05
+    return Talking(shutdown="clings")
+
+
 talking = Talking()
 late = Late()
 dying = Dying()
 failing = App(startup="raises")
 hanging = Talking(startup="hangs")
-clinging = Talking(shutdown="clings")

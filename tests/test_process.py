@@ -538,7 +538,7 @@ asyncio.run(main())
 async def test_a_lifespan_that_does_not_end_is_a_shutdown_error(capfd: pytest.CaptureFixture[str]) -> None:
     """From the child, in the words of `serving()`."""
     with pytest.raises(ShutdownError, match="did not shut down within"):
-        async with serving_process("tests.children:clinging", shutdown_timeout=0):
+        async with serving_process("tests.children:clinging_in_a_hurry", factory=True, shutdown_timeout=0):
             pass
 
 
@@ -569,10 +569,12 @@ async def test_what_cannot_be_handed_over_is_refused(app: Any, options: Any, mes
 
 PARENT = """
 import asyncio, os, signal, sys, time
-from aioserve import serving_process
+from aioserve import _lifespan, _shutdown, serving_process
 from tests.conftest import LOOPS
 
 async def main(app, moment):
+    if moment == "blocked":  # so that the child is given up soon
+        _shutdown.CANCELLED_HANDLERS = _lifespan.Lifespan.grace = 0.05
     async with serving_process(app, shutdown_timeout=0.5) as server:
         print("ready", server.pid, server.port, flush=True)
         if moment == "stopping":

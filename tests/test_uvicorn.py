@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from websockets.asyncio.client import connect as connect_websocket
 
-from aioserve import ServerCrashedError, _engine, serving, start
+from aioserve import ServerCrashedError, _engine, _shutdown, serving, start
 from tests.apps import App
 from tests.clients import connect, get
 
@@ -151,6 +151,7 @@ async def test_a_reset_connection_leaves_no_timer() -> None:
 
 async def test_a_connection_of_the_last_moment_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is accepted in the turn in which the stop begins, and made in the next; asyncio alone would leak it."""
+    monkeypatch.setattr(_shutdown, "FIRST_REQUEST", 0.01)
     for turns in range(12):
         server = await start(App())
         connecting = asyncio.create_task(asyncio.open_connection(server.host, server.port))
