@@ -5,10 +5,12 @@ What the user holds: asking it to close from anywhere, waiting for it, and what 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fastapi import FastAPI, Request, Response
 from aioserve import Server, serve, serving, start
 from tests.apps import App, without_lifespan
 from tests.clients import connect, get
+from tests.turns import turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -253,6 +256,20 @@ async def test_a_notebook_is_shown_text_and_no_markup(monkeypatch: pytest.Monkey
         monkeypatch.setattr(server._engine, "urls", ['http://<b>&"'])
         url = "http://&lt;b&gt;&amp;&quot;"
         assert server._repr_html_() == f'aioserve.Server <a href="{url}" target="_blank">{url}</a> <em>serving</em>'
+
+
+async def test_a_server_that_nobody_has_called_is_gone_when_nobody_holds_it() -> None:
+    """It needs no garbage collector. (Connections do: in uvicorn, they and their requests hold each other.)"""
+    gc.disable()
+    try:
+        server = await start(App())
+        await server.aclose()
+        await turns()  # its task has callbacks
+        left = weakref.ref(server), weakref.ref(server.uvicorn)
+        del server
+        assert [each() for each in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_several_servers_live_in_one_loop() -> None:

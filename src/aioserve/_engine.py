@@ -131,15 +131,6 @@ class Engine(uvicorn.Server):
         self.listeners = listeners
         scheme = "https" if settings.config.ssl else "http"
         self.urls: list[str] = [listener.url(scheme) for listener in listeners]
-        self.acceptor: Acceptor = Acceptor(
-            listeners,
-            self._create_protocol,
-            ssl=settings.config.ssl,
-            backlog=settings.config.backlog,
-            changed=self.waiting.notify,
-        )
-        self.servers: list[Any] = [self.acceptor]
-
         limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
         self.server_state: _State = _State(self) if limit is None else _LimitedState(self, limit)
         self.lifespan: Lifespan = Lifespan(
@@ -149,6 +140,14 @@ class Engine(uvicorn.Server):
             state={},
             waiting=self.waiting,
         )
+        self.acceptor: Acceptor = Acceptor(
+            listeners,
+            functools.partial(_create_protocol, settings, self.server_state, self.lifespan.state),
+            ssl=settings.config.ssl,
+            backlog=settings.config.backlog,
+            changed=self.waiting.notify,
+        )
+        self.servers: list[Any] = [self.acceptor]
 
         self._silent: set[Any] = set()  # those that are closing and may never have sent anything
         self._lingering: dict[Any, _Lingering] = {}
@@ -242,6 +241,11 @@ class Engine(uvicorn.Server):
         self._tell_owner()
         self._tell_starter()
         self.closed.set()
+
+        # Let go of each other: so we are gone when nobody holds us any more, and no garbage for a collector.
+        self.lifespan.state.pop("aioserve", None)
+        if not self.server_state.connections:
+            self.server_state.connections = set()
 
     def _tell_owner(self) -> None:
         if self.on_closed is not None:
@@ -457,17 +461,6 @@ class Engine(uvicorn.Server):
 
     # Connections come and go.
 
-    def _create_protocol(self, _loop: asyncio.AbstractEventLoop | None = None) -> asyncio.Protocol:
-        protocol: Any = self.config.http_protocol_class(
-            config=self.config,  # type: ignore[call-arg]  # uvicorn types it as a bare asyncio.Protocol
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-            _loop=_loop,
-        )
-        if not self.settings.access_log:
-            protocol.access_log = False
-        return protocol  # type: ignore[no-any-return]
-
     def connection_added(self, connection: Any) -> None:
         if self.asked_at is not None:
             _make_last(self, connection)
@@ -547,7 +540,7 @@ class _State(ServerState):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self.connections: _Connections = _Connections(engine)
+        self.connections: set[Any] = _Connections(engine)
 
 
 class _LimitedState(_State):
@@ -587,7 +580,18 @@ class _Connections(set[Any]):
         self.discard(connection)
 
 
-# What uvicorn's protocols are asked.
+# What uvicorn's protocols are given, and asked.
+
+
+def _create_protocol(settings: Settings, server_state: ServerState, app_state: dict[str, Any]) -> asyncio.Protocol:
+    protocol: Any = settings.config.http_protocol_class(
+        config=settings.config,  # type: ignore[call-arg]  # uvicorn types it as a bare asyncio.Protocol
+        server_state=server_state,
+        app_state=app_state,
+    )
+    if not settings.access_log:
+        protocol.access_log = False
+    return protocol  # type: ignore[no-any-return]
 
 
 def _standing(connection: Any) -> Standing:
