@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from aioserve import ServerCrashedError, StartupError, serve, serving, start
 from aioserve._leaks import descriptors
-from tests.apps import App
+from tests.apps import App, AppError
 from tests.clients import connect, get
 from tests.turns import after
 
@@ -490,3 +490,41 @@ async def test_a_cancellation_at_every_turn(scoped: bool) -> None:
         assert task.cancelling() in ((0,) if scoped else (0, 1))
         assert {each for each in asyncio.all_tasks() if "aioserve" in each.get_name()} == set()
     assert before == asyncio.all_tasks()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancellation_in_the_first_step_of_the_startup_comes_first(*, fails: bool) -> None:
+    """Also where tasks begin at once, so that the start has failed, or succeeded, before anybody has waited for it."""
+    caller = asyncio.current_task()
+    assert caller is not None
+    error = AppError()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        caller.cancel()
+        if fails:
+            raise error
+        await send({"type": "lifespan.startup.complete"})
+
+    ran = False
+    with pytest.raises(asyncio.CancelledError):
+        async with serving(app):
+            ran = True
+    assert not ran
+    assert caller.uncancel() == 0
+    await asyncio.sleep(0)
+
+
+async def test_a_scope_that_is_cancelled_in_a_first_step_that_fails_has_its_cancellation() -> None:
+    """It does not leak out of the scope behind the error."""
+    with anyio.CancelScope() as scope:
+
+        async def app(_scope: Any, receive: Any, _send: Any) -> None:
+            await receive()
+            scope.cancel()
+            raise AppError
+
+        async with serving(app):
+            pass
+    assert scope.cancelled_caught
+    await asyncio.sleep(0)

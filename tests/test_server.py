@@ -260,9 +260,15 @@ async def test_a_notebook_is_shown_text_and_no_markup(monkeypatch: pytest.Monkey
 
 async def test_a_server_that_nobody_has_called_is_gone_when_nobody_holds_it() -> None:
     """It needs no garbage collector. (Connections do: in uvicorn, they and their requests hold each other.)"""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:  # not one that keeps its state
+        for phase in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{phase}.complete"})
+
     gc.disable()
     try:
-        server = await start(App())
+        server = await start(app)
         await server.aclose()
         await turns()  # its task has callbacks
         left = weakref.ref(server), weakref.ref(server.uvicorn)

@@ -31,6 +31,7 @@ from aioserve import (
 )
 from tests.apps import App, AppError, Receive, Scope, Send, without_lifespan
 from tests.clients import Connection, connect, get
+from tests.conftest import LOOPS
 from tests.plain import Plain
 from tests.turns import MANY_TURNS, after, turns
 
@@ -1157,3 +1158,68 @@ async def test_a_cancelled_lifespan_of_the_server_leaves_no_app_behind(when: str
     assert lifespan.cancelled()
     assert app.life == WHOLE_LIFE
     assert said == ["lifespan.startup.complete"]
+
+
+# What only shows when somebody is quick.
+
+
+async def test_a_websocket_whose_app_never_stops_sending_is_told_to_come_again() -> None:
+    """With 1012 as well, though its handler ends at the next thing that it sends."""
+
+    async def chatty(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        await receive()
+        await send({"type": "websocket.accept"})
+        while True:
+            await send({"type": "websocket.send", "text": "tick"})
+            await asyncio.sleep(0)
+
+    swappable = Swappable(chatty)
+    async with serving(swappable) as server:
+        async with connect_websocket(server.url.replace("http", "ws"), proxy=None) as client:
+            await client.recv()
+            swapping = asyncio.create_task(swappable.swap(App()))
+            with pytest.raises(ConnectionClosed) as caught:
+                while True:
+                    await client.recv()
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1012
+            await swapping
+
+
+async def test_an_app_that_dies_during_a_swap_crashes_the_server_and_not_the_swap() -> None:
+    """Whoever swaps in the body of the server's block gets the server's error, with the app's own as its cause."""
+    app = App()
+    swappable = Swappable(app)
+    with pytest.raises(ServerCrashedError) as caught:
+        async with serving(swappable):
+            after(5, app.crash.set)
+            await swappable.swap(App("hangs"))
+    assert caught.value.__cause__ is app.error
+
+
+async def test_a_swap_that_the_death_of_the_app_interrupts_says_so() -> None:
+    """Where nobody is cancelled by it."""
+    app = App()
+    swappable = Swappable(app)
+    server = await start(swappable)
+    after(5, app.crash.set)
+    with pytest.raises(StartupInterruptedError, match="the current app's lifespan died, and so the server ends"):
+        await swappable.swap(App("hangs"))
+    with pytest.raises(ServerCrashedError):
+        await server.aclose()
+
+
+@pytest.mark.parametrize("loop_name", [name for name in LOOPS if name in ("asyncio", "eager")])
+async def test_a_lifespan_that_swaps_is_refused_in_its_first_step(loop_name: str) -> None:
+    """Also where tasks begin at once."""
+    swappable = Swappable(App())
+
+    async def swapping(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await swappable.swap(App())
+
+    async with serving(swappable):
+        with pytest.raises(StartupError, match="would wait for itself"):
+            await swappable.swap(swapping)

@@ -142,7 +142,7 @@ class Engine(uvicorn.Server):
         )
         self.acceptor: Acceptor = Acceptor(
             listeners,
-            functools.partial(_create_protocol, settings, self.server_state, self.lifespan.state),
+            functools.partial(_create_protocol, settings, self.server_state, self.lifespan),
             ssl=settings.config.ssl,
             backlog=settings.config.backlog,
             changed=self.waiting.notify,
@@ -243,7 +243,7 @@ class Engine(uvicorn.Server):
         self.closed.set()
 
         # Let go of each other: so we are gone when nobody holds us any more, and no garbage for a collector.
-        self.lifespan.state.pop("aioserve", None)
+        self.lifespan.state = {name: value for name, value in self.lifespan.state.items() if name != "aioserve"}
         if not self.server_state.connections:
             self.server_state.connections = set()
 
@@ -583,11 +583,11 @@ class _Connections(set[Any]):
 # What uvicorn's protocols are given, and asked.
 
 
-def _create_protocol(settings: Settings, server_state: ServerState, app_state: dict[str, Any]) -> asyncio.Protocol:
+def _create_protocol(settings: Settings, server_state: ServerState, lifespan: Lifespan) -> asyncio.Protocol:
     protocol: Any = settings.config.http_protocol_class(
         config=settings.config,  # type: ignore[call-arg]  # uvicorn types it as a bare asyncio.Protocol
         server_state=server_state,
-        app_state=app_state,
+        app_state=lifespan.state,
     )
     if not settings.access_log:
         protocol.access_log = False

@@ -49,11 +49,7 @@ class Lifespan:
 
         self._app = app
         self._mode = mode
-        self._scope: Scope = {
-            "type": "lifespan",
-            "asgi": {"version": asgi_version, "spec_version": "2.0"},
-            "state": state,
-        }
+        self._asgi_version = asgi_version
         self._waiting = waiting
 
         self._received = False  # it has taken lifespan.startup
@@ -151,8 +147,10 @@ class Lifespan:
 
     async def _run(self) -> None:
         self.task = asyncio.current_task()  # which runs before its maker has it
+        asgi = {"version": self._asgi_version, "spec_version": "2.0"}
+        scope: Scope = {"type": "lifespan", "asgi": asgi, "state": self.state}
         try:
-            await self._app(self._scope, self._receive, self._send)
+            await self._app(scope, self._receive, self._send)
         except BaseException as exc:  # noqa: BLE001
             # SystemExit and KeyboardInterrupt too: out of a task they would stop the loop, and with it the program.
             self.error = exc

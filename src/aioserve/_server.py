@@ -170,7 +170,12 @@ class Closable:
 
     async def _wait_started(self) -> None:
         """Wait until the server has started, or raise what prevented it; cancelled, wait until it has stopped again."""
+        task = asyncio.current_task()
+        assert task is not None
         try:
+            if self._engine.ready.done() and (task.cancelling() or not self._engine.started):
+                # It took a single step, in which somebody may have cancelled us; and that comes before what we have.
+                await asyncio.sleep(0)
             await self._engine.ready
         except asyncio.CancelledError:
             self.close(timeout=None if self._engine.started else 0)

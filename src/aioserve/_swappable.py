@@ -114,7 +114,13 @@ class Swappable:
         self._check_caller()
         async with self._lock:
             self._check_caller()  # while it waited its turn, the server may have stopped
-            new = await self._begin(app, startup_timeout)
+            try:
+                new = await self._begin(app, startup_timeout)
+            except StartupInterruptedError:
+                if not self._until_death.expired():
+                    raise
+                await asyncio.wait({self._serving})  # so that the server, which knows what to do, comes first
+                raise StartupInterruptedError("the current app's lifespan died, and so the server ends") from None
             if self._loop is None:
                 await _outlast({new.task})
                 raise StartupInterruptedError("the server stopped before the new app could be switched to")
@@ -145,6 +151,9 @@ class Swappable:
         await receive()
         if self._lives:  # not before: an app that raises there seems to do without a lifespan
             raise RuntimeError("a Swappable is for one server at a time")
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._serving = serving
         self._asgi_version: str = scope["asgi"]["version"]
         self._server_state: dict[str, Any] = scope.get("state", {})
         self._lock = asyncio.Lock()
@@ -189,6 +198,7 @@ class Swappable:
         """Return an app's life when it has started; if it has failed, or we are cancelled, nothing is left of it."""
         life = _Life(app, dict(self._server_state), self._asgi_version, timeout, self._died)
         self._lives.add(life)
+        life.begin()
         life.task.add_done_callback(lambda _: self._lives.discard(life))
         try:
             await asyncio.wait({life.started, life.task}, return_when=asyncio.FIRST_COMPLETED)
@@ -251,10 +261,13 @@ class _Life:
         self._retired = False
         self._ended = False
 
-        loop = asyncio.get_running_loop()
-        self.started: asyncio.Future[None] = loop.create_future()
-        self.task = loop.create_task(self._live(), name="aioserve swappable")
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None]
         """It raises nothing, and its end is the end of everything; cancelling it only hurries that."""
+
+    def begin(self) -> None:
+        """Start the app's lifespan."""
+        self.task = asyncio.get_running_loop().create_task(self._live(), name="aioserve swappable")
 
     async def _live(self) -> None:
         try:
@@ -360,17 +373,22 @@ class _Call:
         try:
             async with until_cut:
                 self._until_cut = until_cut
+                error: Exception | None = None
                 try:
                     await app(self._scope, self.receive, self.send)
+                except Exception as exc:  # noqa: BLE001 (it is raised, once the close is on its way)
+                    error = exc
+                try:
                     if self._closing is not None:
                         await self._closing
                 finally:
                     self._until_cut = None
+                # An app that sends to a client which has gone is forgiven, as servers do.
+                if error is not None and not isinstance(error, _ClosedError):
+                    raise error
         except TimeoutError:
             if not until_cut.expired():
                 raise
-        except _ClosedError:
-            pass  # as servers do with an app that sends to a client which has gone
         finally:
             if self._closing is not None:
                 self._closing.cancel()
