@@ -16,10 +16,12 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.applications import Starlette
 from starlette.routing import Mount
+from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from aioserve import (
+    Server,
     ServerCrashedError,
     ShutdownError,
     StartupError,
@@ -432,15 +434,17 @@ async def test_a_websocket_whose_close_hangs_holds_nobody() -> None:
     never.set()
 
 
+async def open_websocket(server: Server) -> ClientConnection:
+    return await connect_websocket(server.url.replace("http", "ws"), proxy=None)
+
+
 async def test_a_websocket_that_was_not_open_yet_is_closed_when_it_is() -> None:
     """A handshake that has begun is no WebSocket yet, which could be told anything."""
     first = Pushing("first")
     first.accepting.clear()
     swappable = Swappable(first)
     async with serving(swappable) as server:
-        connecting = asyncio.ensure_future(
-            asyncio.wait_for(connect_websocket(server.url.replace("http", "ws"), proxy=None), None)
-        )
+        connecting = asyncio.create_task(open_websocket(server))
         await first.holding.wait()
         async with swapping(swappable, Named("other"), shutdown_timeout=None) as swap:
             await switched(swappable, swappable.app)
@@ -462,9 +466,7 @@ async def test_a_websocket_that_is_never_opened_is_refused_with_503() -> None:
     first.accepting.clear()
     swappable = Swappable(first)
     async with serving(swappable) as server:
-        connecting = asyncio.ensure_future(
-            asyncio.wait_for(connect_websocket(server.url.replace("http", "ws"), proxy=None), None)
-        )
+        connecting = asyncio.create_task(open_websocket(server))
         await first.holding.wait()
         await swappable.swap(Named("other"), shutdown_timeout=0)
         with pytest.raises(InvalidStatus) as caught:
@@ -482,9 +484,7 @@ async def test_a_websocket_is_refused_with_403_where_the_server_knows_no_other_r
         await swappable({**scope, "extensions": None}, receive, send)
 
     async with serving(without_extensions) as server:
-        connecting = asyncio.ensure_future(
-            asyncio.wait_for(connect_websocket(server.url.replace("http", "ws"), proxy=None), None)
-        )
+        connecting = asyncio.create_task(open_websocket(server))
         await first.holding.wait()
         await swappable.swap(Named("other"), shutdown_timeout=0)
         with pytest.raises(InvalidStatus) as caught:

@@ -203,7 +203,7 @@ class Closable:
             try:
                 await closed.wait()
             except asyncio.CancelledError as exc:
-                late = exc
+                late = exc  # a scope's own does not count
                 cancellations = 0 if anyio.current_effective_deadline() == -math.inf else 1
             else:
                 return None

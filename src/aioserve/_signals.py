@@ -74,7 +74,7 @@ class Signals:
         Python itself does so at Ctrl+C.
         """
         try:
-            self._interrupting = True
+            self._interrupting = True  # from here on, a signal may raise it as well
             if self.count:
                 raise Interrupted
         except Interrupted:

@@ -5,6 +5,7 @@ Tests with programs that pip does not install: they run with `--integration`, an
 from __future__ import annotations
 
 import shutil
+import socket
 
 import pytest
 
@@ -18,3 +19,11 @@ def program(name: str, package: str) -> str:
     found = shutil.which(name)
     assert found is not None, f"{name} is not installed; on Debian: apt-get install {package}"
     return found
+
+
+def free_port() -> int:
+    """A port for a program that cannot say which it has taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

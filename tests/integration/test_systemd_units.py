@@ -21,7 +21,7 @@ import pytest
 
 from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.integration import readme
-from tests.integration.conftest import program
+from tests.integration.conftest import free_port, program
 from tests.integration.loading import load
 from tests.integration.stopping import longest_stop
 
@@ -84,9 +84,7 @@ def test_restarted_under_load_the_service_refuses_nobody(tmp_path: Path) -> None
     python, *arguments = shlex.split(said("ExecStart"))
     assert (python, said("WorkingDirectory")) == ("/srv/app/.venv/bin/python", "/srv/app")  # here they are elsewhere
     served = [sys.executable, *WARNINGS_ARE_ERRORS, *arguments]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         *(activate, f"--listen=127.0.0.1:{port}", f"--setenv=NOTIFY_SOCKET={tmp_path / 'notify'}"),
         *(sys.executable, str(HERE / "supervised.py"), said("TimeoutStopSec"), *served),
