@@ -15,7 +15,9 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
 - Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012.
 - The legacy WebSocket protocol runs tasks of its own: `handler_task` and `close_connection_task`.
 - A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope` and a `logger`.
-- `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`.
+- `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`. An app that is
+  ASGI 3 by its looks stays as it is; all else in a loaded Config comes from the options, from two variables of the
+  environment, and from the logger's level.
 
 What is ours in place of uvicorn's: `serve()`, which runs on events instead of a tick; the lifespan; the sockets and
 what they accept; the shutdown; and no signal handlers at all.
@@ -37,7 +39,8 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +134,9 @@ class Engine(uvicorn.Server):
         self.listeners = listeners
         scheme = "https" if settings.config.ssl else "http"
         self.urls: list[str] = [listener.url(scheme) for listener in listeners]
-        limit = getattr(self, "limit_max_requests", settings.config.limit_max_requests)
+        limit = settings.config.limit_max_requests
+        if limit is not None:
+            limit = getattr(self, "limit_max_requests", limit)  # which newer ones vary a little
         self.server_state: _State = _State(self) if limit is None else _LimitedState(self, limit)
         self.lifespan: Lifespan = Lifespan(
             settings.config.loaded_app,
@@ -196,7 +201,8 @@ class Engine(uvicorn.Server):
         await self.waiting.wait_for(lambda: self.is_stopping or self.lifespan.died)
         if self.lifespan.died and not self.is_stopping and not self.waiting.forced:
             self._fail("the app's lifespan died while it was serving", self.lifespan.error)
-        self.close()
+        if not self.is_stopping:
+            self.close()
 
     def ended(self, _: object) -> None:
         """Make sure of the end; for the task that was cancelled before its first step, so that `serve()` never ran."""
@@ -384,6 +390,8 @@ class Engine(uvicorn.Server):
             return False
         if task is self.lifespan.task or task in self.server_state.tasks:
             return True
+        if self._loop.get_task_factory() is None:
+            return False
         # An eager task runs before uvicorn has it in its set.
         scope = getattr(_runs_for(task), "scope", None)
         return scope is not None and getattr(scope["state"].get("aioserve"), "_engine", None) is self
@@ -888,6 +896,86 @@ def _descriptor(below: Any) -> int:
     return descriptor
 
 
+# uvicorn's Config.
+
+
+def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
+    """
+    Make uvicorn's Config: a copy of one that is made and loaded, where that comes to the same.
+
+    To make and load one takes longer than all else in a start, and most servers of a program differ in their apps only.
+    """
+    alike = _is_plain(app) and _DO_MORE.isdisjoint(options)
+    # There are no workers here, so uvicorn need not look for their number in the environment.
+    options = {"log_config": None, "workers": 1, **options}
+    if alike:
+        try:
+            loaded = _loaded(uvicorn_logger.getEffectiveLevel(), os.environ.get("FORWARDED_ALLOW_IPS"), **options)
+        except TypeError:
+            loaded = None  # a list, say, cannot be told from another one before it is looked into
+        if loaded is not None:
+            return loaded.copy_for(app)
+    return uvicorn.Config(app, **options)
+
+
+# Options that do more than to be remembered: they import, set up logging, read files, call.
+_OF_TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
+_DO_MORE = frozenset({"http", "ws", "log_config", "log_level", *(f"ssl_{name}" for name in _OF_TLS)})
+
+
+def _is_plain(app: Any) -> bool:
+    """Whether uvicorn takes the app for ASGI 3, and for no factory, if the options do not say otherwise."""
+    function, bound = (app, 0) if isinstance(app, types.FunctionType) else (type(app).__call__, 1)
+    if not isinstance(function, types.FunctionType) or isinstance(app, type):
+        return False
+    code = function.__code__
+    required = code.co_argcount - len(function.__defaults__ or ()) - bound
+    return required > 0 and bool(code.co_flags & inspect.CO_COROUTINE)
+
+
+class _Loaded:
+    """A Config that is loaded, to be copied for one app after another."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        self._attributes = vars(config)
+        self._lists = [name for name, value in self._attributes.items() if isinstance(value, list)]
+
+    def copy_for(self, app: Any) -> uvicorn.Config:
+        config = uvicorn.Config.__new__(uvicorn.Config)
+        config.__dict__ = attributes = self._attributes.copy()
+        for name in self._lists:
+            attributes[name] = attributes[name].copy()
+        config.app = config.loaded_app = app
+        if config.proxy_headers:
+            config.loaded_app = _behind_proxies(app, config.forwarded_allow_ips)
+        return config
+
+
+@functools.lru_cache(typed=True)
+def _loaded(_level: int, _trusted: str | None, **options: Any) -> _Loaded | None:
+    """
+    Load a Config with an app that is plain.
+
+    What it comes from besides the options, the arguments name.
+
+    Returns:
+        None: It wraps the app, or it cannot be loaded; then what uvicorn does, and says, is better done by uvicorn.
+    """
+
+    async def app(scope: Scope, receive: object, send: object) -> None:
+        pass
+
+    try:
+        config = uvicorn.Config(app, **options)
+        load(config)
+    except Exception:  # noqa: BLE001
+        return None
+    taken = config.loaded_app
+    if config.proxy_headers:
+        taken = taken.app
+    return _Loaded(config) if taken is app else None
+
+
 def _behind_proxies(app: Any, trusted: list[str] | str) -> ProxyHeadersMiddleware:
     """Wrap the app as uvicorn does; but who is trusted is worked out once for all servers, which takes a while."""
     middleware = ProxyHeadersMiddleware.__new__(ProxyHeadersMiddleware)
@@ -912,13 +1000,13 @@ def load(config: uvicorn.Config) -> None:
         OSError: A certificate or key file cannot be read.
         StartupError: The app cannot be imported, its factory failed, or what came out cannot be called.
     """
+    if config.loaded:
+        return
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         path = getattr(config, name)
         if path:
             with open(path, "rb"):  # for the error: ssl's own does not say which file is missing
                 pass
-    if config.loaded:
-        return
 
     app = config.app if isinstance(config.app, str) else "the app"
     behind_proxies, config.proxy_headers = config.proxy_headers, False  # that part of it is ours

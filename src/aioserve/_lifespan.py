@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError
-from aioserve._options import Message, Scope
 from aioserve._waiting import Waiting, begin
+
+if TYPE_CHECKING:
+    from aioserve._options import Message, Scope
 
 logger = logging.getLogger("aioserve")
 

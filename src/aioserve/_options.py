@@ -23,6 +23,7 @@ from typing import IO, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import uvicorn
 
+from aioserve._engine import configure
 from aioserve._sockets import (
     Host,
     at_path,
@@ -211,9 +212,8 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # connection by connection; so uvicorn is not told at all. Likewise, only what is asked for touches logging.
     access_log = options.get("access_log", True)
     passed = {name: value for name, value in options.items() if name not in _OURS and name != "access_log"}
-    config = uvicorn.Config(app, **{"log_config": None, **passed})
     return Settings(
-        config=config,
+        config=configure(app, passed),
         listen=listen,
         notify_systemd=_notify_systemd(options.get("systemd")),
         ssl=ssl,

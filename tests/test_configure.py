@@ -1,0 +1,313 @@
+"""
+A Config that is copied is the very Config that uvicorn would have made, whatever the app, the options, and the world.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import ssl
+from collections.abc import Iterator, MutableMapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from aioserve import StartupError
+from aioserve._engine import configure, load
+from aioserve._options import Options
+from tests.apps import App, Receive, Scope, Send, without_lifespan
+
+
+async def with_a_default(scope: Scope, receive: Receive, send: Send, how: str = "well") -> None:
+    """Serve with one argument more than needed."""
+
+
+async def needs_nothing(scope: Scope | None = None, receive: Receive | None = None, send: Send | None = None) -> None:
+    """Be taken for a factory: it can be called with nothing."""
+
+
+def no_coroutine(scope: Scope, receive: Receive, send: Send) -> Any:
+    """Be taken for ASGI 2."""
+
+
+class Asgi2:
+    """An app of ASGI 2."""
+
+    def __init__(self, scope: Scope) -> None:
+        """Keep nothing."""
+
+    async def __call__(self, receive: Receive, send: Send) -> None:
+        """Do nothing."""
+
+
+class Callable3:
+    """An app that is an instance, a class, or a method of it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do nothing."""
+
+    async def method(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do nothing."""
+
+
+class Callable3Itself(type):
+    """What a class can be called as without an instance."""
+
+    async def __call__(cls, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do nothing."""
+
+
+class OfThat(metaclass=Callable3Itself):
+    """A class that is called as such; uvicorn takes every class for one whose instances are."""
+
+
+class NeedsNothing:
+    """An instance that can be called with nothing."""
+
+    async def __call__(self, *arguments: Any) -> None:
+        """Do nothing."""
+
+
+def factory() -> Any:
+    """Make an app, without having been said to."""
+    return without_lifespan
+
+
+class Factory:
+    """An instance that makes an app."""
+
+    def __call__(self) -> Any:
+        """Make it."""
+        return without_lifespan
+
+
+class WithItsOwnCall:
+    """An instance whose `__call__` is its own, which Python does not call."""
+
+    def __init__(self) -> None:
+        vars(self)["__call__"] = without_lifespan
+
+    def __call__(self) -> Any:
+        """Make an app, as a factory does."""
+        return with_a_default
+
+
+APPS: dict[str, Any] = {
+    "function": without_lifespan,
+    "with a default": with_a_default,
+    "instance": Callable3(),
+    "FastAPI": FastAPI(),
+    "method": Callable3().method,
+    "partial": partial(without_lifespan),
+    "class": Asgi2,
+    "class that is called": OfThat,
+    "no coroutine": no_coroutine,
+    "factory": factory,
+    "instance that makes one": Factory(),
+    "its own call": WithItsOwnCall(),
+    "import string": "tests.apps:without_lifespan",
+}
+COPIED = ("function", "with a default", "instance", "FastAPI")
+
+OPTIONS: dict[str, Any] = {
+    "access_log": False,
+    "backlog": 5,
+    "date_header": False,
+    "forwarded_allow_ips": "10.0.0.1",
+    "h11_max_incomplete_event_size": 1000,
+    "headers": [("x-from", "test")],
+    "http": "h11",
+    "interface": "asgi2",
+    "lifespan": "off",
+    "limit_concurrency": 5,
+    "limit_max_requests": 5,
+    "limit_max_requests_jitter": 5,
+    "log_level": "warning",
+    "proxy_headers": False,
+    "reset_contextvars": True,
+    "root_path": "/root",
+    "server_header": False,
+    "timeout_keep_alive": 7,
+    "use_colors": True,
+    "ws": "none",
+    "ws_max_queue": 5,
+    "ws_max_size": 5,
+    "ws_per_message_deflate": False,
+    "ws_ping_interval": 5.0,
+    "ws_ping_timeout": None,
+}
+FOR_NOBODY = {"factory", "log_config"}  # one changes what an app is, the other the whole program's logging
+
+
+@pytest.fixture(autouse=True)
+def logging_stays() -> Iterator[None]:
+    """What a Config does to uvicorn's loggers is undone."""
+    loggers = [logging.getLogger(f"uvicorn.{name}") for name in ("error", "access", "asgi")]
+    before = [(logger.level, logger.propagate, logger.handlers) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
+
+
+def by_uvicorn(app: Any, options: dict[str, Any]) -> uvicorn.Config:
+    config = uvicorn.Config(app, **{"log_config": None, "workers": 1, **options})
+    config.load()
+    return config
+
+
+def by_us(app: Any, options: dict[str, Any]) -> uvicorn.Config:
+    config = configure(app, options)
+    load(config)
+    return config
+
+
+def told(config: uvicorn.Config) -> dict[str, Any]:
+    """All that it has in it; an app in middleware is told layer by layer."""
+    layers = []
+    layer: Any = config.loaded_app
+    while type(layer).__module__.startswith("uvicorn.middleware."):
+        layers.append((type(layer), {name: public(value) for name, value in vars(layer).items() if name != "app"}))
+        layer = layer.app
+    return vars(config) | {"loaded_app": (layers, layer)}
+
+
+def public(value: Any) -> Any:
+    """What an object of uvicorn's has in it, but for what it works with."""
+    if not type(value).__module__.startswith("uvicorn."):
+        return value
+    return {name: each for name, each in vars(value).items() if not name.startswith("_")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of some of the protocols
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+def test_it_is_what_uvicorn_makes(option: str | None) -> None:
+    """Of every kind of app, attribute by attribute, and the second time as well."""
+    options = {} if option is None else {option: OPTIONS[option]}
+    if not options.keys() <= uvicorn.Config.__init__.__annotations__.keys():
+        pytest.skip("this uvicorn is older than the option")
+    for name, app in [*APPS.items()] * 2:
+        assert told(by_us(app, options)) == told(by_uvicorn(app, options)), name
+
+
+def test_every_option_is_tried() -> None:
+    """So that a new one is looked at: whether it does more than to be remembered."""
+    ours = {"host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd", "ssl", "stop_on_signals"}
+    ours |= {"startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after"}
+    of_uvicorn = {name for name in Options.__optional_keys__ - ours if not name.startswith("ssl_")}
+    assert of_uvicorn - FOR_NOBODY == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_what_can_be_copied_is(name: str) -> None:
+    """Or each start would take a quarter longer."""
+    assert configure(APPS[name], {}).loaded is (name in COPIED)
+
+
+@pytest.mark.parametrize("app", [needs_nothing, NeedsNothing()], ids=["function", "instance"])
+def test_what_can_be_called_with_nothing_is_taken_for_a_factory(app: Any) -> None:
+    """As by uvicorn; and then it is one that cannot be awaited."""
+    with pytest.raises(StartupError, match="its factory is a coroutine function"):
+        by_us(app, {})
+
+
+def test_the_environment_is_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is trusted can change in the middle of a program."""
+    for trusted in ("10.0.0.1", "10.0.0.2"):
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+        config = by_us(without_lifespan, {})
+        assert config.forwarded_allow_ips == trusted
+        assert told(config) == told(by_uvicorn(without_lifespan, {}))
+
+
+@pytest.mark.parametrize("workers", ["4", "auto"])
+def test_workers_are_nobodys_business(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's setting for programs that fork is none for us; uvicorn's command line would fail at a word."""
+    monkeypatch.setenv("WEB_CONCURRENCY", workers)
+    for app in (without_lifespan, no_coroutine):
+        assert by_us(app, {}).workers == 1
+
+
+def test_certificates_are_read_each_time(tls_options: dict[str, Any]) -> None:
+    """They are renewed at the same place."""
+    first, second = by_us(without_lifespan, tls_options), by_us(without_lifespan, tls_options)
+    assert isinstance(first.ssl, ssl.SSLContext)
+    assert second.ssl is not first.ssl
+
+
+CHOSEN: type[asyncio.Protocol]
+
+
+@pytest.mark.parametrize("option", ["http", "ws"])
+def test_a_protocol_is_imported_each_time(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module can be loaded anew, as a notebook does."""
+    for _ in range(2):
+        chosen = type("Chosen", (asyncio.Protocol,), {})
+        monkeypatch.setattr(f"{__name__}.CHOSEN", chosen, raising=False)
+        config = by_us(without_lifespan, {option: f"{__name__}:CHOSEN"})
+        assert getattr(config, f"{option}_protocol_class") is chosen
+
+
+@pytest.mark.parametrize("option", ["log_level", "log_config"])
+def test_logging_is_set_up_each_time(option: str, tmp_path: Path) -> None:
+    """For somebody else may have done so meanwhile."""
+    told = {"version": 1, "disable_existing_loggers": False, "loggers": {"uvicorn.error": {"level": "CRITICAL"}}}
+    (tmp_path / "logging.json").write_text(json.dumps(told))
+    options = {"log_level": {"log_level": "critical"}, "log_config": {"log_config": str(tmp_path / "logging.json")}}
+    logger = logging.getLogger("uvicorn.error")
+    for _ in range(2):
+        logger.setLevel(logging.INFO)
+        by_us(without_lifespan, options[option])
+        assert logger.level == logging.CRITICAL
+
+
+def test_the_loggers_level_is_looked_at_each_time() -> None:
+    """With "trace", uvicorn puts something before the app."""
+    logger = logging.getLogger("uvicorn.error")
+    for level in (logging.INFO, 5, logging.INFO):
+        logger.setLevel(level)
+        assert told(by_us(without_lifespan, {})) == told(by_uvicorn(without_lifespan, {}))
+
+
+def test_what_is_equal_but_not_the_same_is_kept_apart() -> None:
+    """To Python, 1 is True; and what a Config was given stands in it."""
+    for interval in (1, 1.0):
+        assert type(by_us(without_lifespan, {"ws_ping_interval": interval}).ws_ping_interval) is type(interval)
+
+
+def test_no_two_share_a_list() -> None:
+    """A program that adds a header to one server's Config adds it to that server."""
+    first, second = by_us(without_lifespan, {}), by_us(without_lifespan, {})
+    first.encoded_headers.append((b"x-mine", b"1"))
+    first.headers.append(("x-mine", "1"))
+    first.root_path = "/mine"
+    assert told(second) == told(by_us(without_lifespan, {})) == told(by_uvicorn(without_lifespan, {}))
+
+
+def test_uvicorn_looks_at_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Config is the same as long as these are."""
+    looked_at = set()
+
+    class Environment(dict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            looked_at.add(name)
+            return super().__getitem__(name)
+
+        def __contains__(self, name: object) -> bool:
+            looked_at.add(str(name))
+            return super().__contains__(name)
+
+        def get(self, name: str, default: Any = None) -> Any:
+            looked_at.add(name)
+            return super().get(name, default)
+
+    environment: MutableMapping[str, str] = Environment(os.environ)
+    monkeypatch.setattr(os, "environ", environment)
+    by_uvicorn(App(), {})
+    assert looked_at <= {"FORWARDED_ALLOW_IPS"}, "A variable that changes would change nothing."
