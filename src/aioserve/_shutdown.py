@@ -122,8 +122,6 @@ async def _finish(engine: Engine) -> Forced:
     waiting = engine.waiting
     budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
 
-    # What was in the queue becomes connections, and what had arrived is read, in the next turns.
-    await waiting.turns(SETTLING_TURNS)
     began = loop.time()
 
     def time_left(limit: float | None) -> float | None:
@@ -146,7 +144,9 @@ async def _finish(engine: Engine) -> Forced:
         await waiting.wait_for(over, time_left(patience))
         engine.persuade()
     await waiting.wait_for(over, time_left(budget))
-    held_up = {} if engine.is_quiet() else engine.held_up()
+    if engine.is_quiet():
+        return 0, (), ()
+    held_up = engine.held_up()
     if held_up:
         engine.persuade()
         await waiting.turns(FAREWELL_TURNS)

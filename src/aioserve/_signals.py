@@ -87,6 +87,8 @@ class Signals:
     def release(self) -> None:
         """Want nothing more, and put back what was there before, as far as it is ours to put back."""
         self._act = None
+        if not self._handlers:
+            return
         handlers, self._handlers = self._handlers, []
         for handler in handlers:
             handler.asked_by.discard(self)
