@@ -351,6 +351,27 @@ async def test_who_waits_in_receive_is_told_of_a_disconnect_and_may_say_farewell
         assert server.report.cancelled == ()
 
 
+@pytest.mark.parametrize("disconnect_after", [0, MOMENT])
+@pytest.mark.parametrize("how", ["in the queue", "in two parts", "pipelined"])
+async def test_who_begins_later_is_told_as_well(how: str, disconnect_after: float) -> None:
+    """Or an endless stream whose request was on its way when the stop was asked for would hold it up for ever."""
+    server = await start(farewell, disconnect_after=disconnect_after, shutdown_timeout=None)
+    request = REQUEST % b"/"
+    before, rest = {"in the queue": (request, b""), "in two parts": (request[:9], request[9:])}.get(
+        how, (request * 2, b"")
+    )
+    with socket.create_connection((server.host, server.port)) as client:
+        client.sendall(before)
+        if how != "in the queue":
+            await turns()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.aclose())
+            await asyncio.sleep(2 * disconnect_after)
+            await turns()
+            client.sendall(rest)
+        assert client.recv(10_000).count(b"farewell") == (2 if how == "pipelined" else 1)
+
+
 async def test_who_had_to_be_told_because_the_time_was_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """It held up the stop; that its response is cut off is no mistake of the app's, and uvicorn does not say so."""
 

@@ -116,6 +116,7 @@ class Engine(uvicorn.Server):
     _running: bool = False
     _leaving: bool = False  # the drain is over: connections close when they are owed nothing more
     _patient: bool = True  # it may still be that a silent one speaks
+    _persuading: bool = False  # handlers are told that their client has gone
     _stopping: anyio.Event | None = None
     _date_timer: asyncio.TimerHandle | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -359,7 +360,8 @@ class Engine(uvicorn.Server):
         return bool(self._handlers())
 
     def persuade(self) -> None:
-        """Tell the handlers that wait in `receive()`, or will, that their client has gone; they may still send."""
+        """Tell the handlers that wait in `receive()`, now or later, that their client has gone; they may still send."""
+        self._persuading = True
         for task in list(self.server_state.tasks):
             cycle = _runs_for(task)
             if hasattr(cycle, "message_event") and not cycle.response_complete:
@@ -411,6 +413,11 @@ class Engine(uvicorn.Server):
                 self._see_off(connection)
         self.waiting.notify()
 
+    def request_begun(self, connection: Any) -> None:
+        """A connection makes a request of what it has read, after the stop was asked; look at it when that is made."""
+        if self._persuading:
+            self._loop.call_soon(self._dismiss, connection)
+
     def response_complete(self, connection: Any) -> None:
         """A connection has answered after the stop was asked; look at it again when it is done with that."""
         if self._leaving:
@@ -422,6 +429,8 @@ class Engine(uvicorn.Server):
             return
         if not connection.transport.is_closing():
             standing = self._standing(connection)
+            if standing is Standing.BUSY and self._persuading:
+                _persuade(connection.cycle)
             if standing is Standing.SILENT:
                 self._silent.add(connection)
             if standing is Standing.ARRIVING and self._unread(connection):
@@ -656,6 +665,7 @@ class _LastState:
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
+        self._engine.request_begun(self._connection)
         return _LastHeaders(self._engine, self._connection)
 
     @property

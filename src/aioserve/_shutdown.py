@@ -141,7 +141,8 @@ async def _finish(engine: Engine) -> Forced:
 
     # Persuade.
     if patience is not None and (budget is None or patience < budget):
-        await waiting.wait_for(over, time_left(patience))
+        if patience:
+            await waiting.wait_for(over, time_left(patience))
         engine.persuade()
     await waiting.wait_for(over, time_left(budget))
     if engine.is_quiet():
