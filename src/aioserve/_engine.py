@@ -35,7 +35,7 @@ import logging
 import os
 import socket
 import ssl
-import struct
+import sys
 import termios
 import threading
 import time
@@ -891,11 +891,12 @@ def _hang_up(below: Any) -> None:
 
 def _unread(below: Any) -> int:
     """How much has come on a connection that nobody has read yet."""
+    size = bytearray(4)  # an int of C's; bytes would be copied to and fro
     try:
-        (size,) = struct.unpack("i", fcntl.ioctl(_descriptor(below), termios.FIONREAD, bytes(4)))
+        fcntl.ioctl(_descriptor(below), termios.FIONREAD, size)
     except OSError:
         return 0
-    return int(size)
+    return int.from_bytes(size, sys.byteorder)
 
 
 def _descriptor(below: Any) -> int:
