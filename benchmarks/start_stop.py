@@ -5,6 +5,7 @@ Timed, in turn, in one process and one loop, after a warm-up; whoever has its tu
 ways, once), of which the median counts, since the first finds the processor's caches full of the last one's things:
 
 - bare: `asyncio.start_server()` opened and closed; nobody can be faster
+- sketch: the least that an ASGI server is, without one error path
 - aioserve: `async with serving(app): pass`, with the app's lifespan
 - aiohttp (an `AppRunner` and a `TCPSite`; once with one `Application` for all, once with one for each), hypercorn,
   h2corn and granian in the same loop, as `common/peers.py` has them

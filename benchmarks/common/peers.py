@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -92,6 +93,59 @@ def bare() -> Start:
             await server.wait_closed()
 
         return Running(lambda: _port(server.sockets[0]), stop)
+
+    return start
+
+
+def sketch() -> Start:
+    """
+    What an ASGI server is at least, if it outlives the cancellation of those who wait for it: a task for the lifespan,
+    and one for the server. It has not one error path, and no HTTP.
+    """
+
+    async def serve(port: asyncio.Future[int], ask: asyncio.Future[None], closed: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        started, stopping = loop.create_future(), loop.create_future()
+        messages = iter(("lifespan.startup", "lifespan.shutdown"))
+
+        async def receive() -> dict[str, str]:
+            message = next(messages)
+            if message == "lifespan.shutdown":
+                await stopping
+            return {"type": message}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                started.set_result(None)
+
+        lifespan = begin(app({"type": "lifespan", "state": {}}, receive, send))
+        await started
+        server = await loop.create_server(asyncio.Protocol, HOST, 0, backlog=BACKLOG)
+        port.set_result(_port(server.sockets[0]))
+        await ask
+        server.close()
+        await server.wait_closed()
+        stopping.set_result(None)
+        await lifespan
+        closed.set()
+
+    def begin(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        if sys.version_info < (3, 12):
+            return asyncio.create_task(coroutine)
+        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+
+    async def start() -> Running:
+        loop = asyncio.get_running_loop()
+        port, ask, closed = loop.create_future(), loop.create_future(), asyncio.Event()
+        task = begin(serve(port, ask, closed))
+        listening = await port
+
+        async def stop() -> None:
+            ask.set_result(None)
+            await closed.wait()
+            assert task.done()
+
+        return Running(lambda: listening, stop)
 
     return start
 
@@ -351,6 +405,7 @@ def _port(listening: Any) -> int:
 
 PEERS: dict[str, Callable[[], Start]] = {
     "bare": bare,
+    "sketch": sketch,
     "aioserve": aioserve,
     "aiohttp": aiohttp,
     "aiohttp, app anew": partial(aiohttp, anew=True),
