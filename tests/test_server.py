@@ -38,6 +38,16 @@ async def test_a_handler_can_close_its_server() -> None:
         assert not server.is_serving()
 
 
+async def test_a_block_is_for_once() -> None:
+    """Entered again, it would have two servers to end, and know one."""
+    block = serving(App())
+    async with block:
+        with pytest.raises(RuntimeError, match=r"call serving\(\) anew"):
+            await block.__aenter__()
+    with pytest.raises(RuntimeError, match=r"call serving\(\) anew"):
+        await block.__aenter__()
+
+
 async def test_being_asked_to_close_does_not_end_the_body() -> None:
     """It may have other things to do."""
     ran = []

@@ -7,7 +7,6 @@ Everything that can be known to be wrong before anything starts is found here, a
 # No annotations from the future: a TypedDict compiles each, if it is a string, which would take a third of our import.
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import os
@@ -283,9 +282,9 @@ def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warn(message: str) -> None:
-    """Warn, and point to the user's line; with serving(), there is contextlib between it and us."""
+    """Warn, and point to the user's line."""
     level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith((os.path.dirname(__file__), contextlib.__file__)):
+    while frame is not None and frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aioserve._engine import Engine, load
@@ -34,7 +33,8 @@ from aioserve._server import Closable, Server
 from aioserve._signals import Interrupted, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserve")
 
 
-@asynccontextmanager
-async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]:
+def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager[Server]:
     """
     Serve an ASGI app for the length of a block.
 
@@ -101,8 +100,8 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
             as it is. `access_log=False` silences this server only.
 
-    Yields:
-        Server: It says where it listens.
+    Returns:
+        A context manager, whose block gets the `Server`; it says where it listens.
 
     Raises:
         OSError: An address or a path cannot be bound, a name cannot be resolved, or a certificate cannot be read; the
@@ -116,14 +115,7 @@ async def serving(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]
         ValueError: An option is out of range.
         RuntimeError: There is no running asyncio event loop, or a signal cannot be handled here.
     """
-    check_backend()
-    settings = parse(app, options)
-    signals = Signals(settings.stop_on_signals)
-    try:
-        async with await start_as(settings, signals) as server, Body(server, signals):
-            yield server
-    finally:
-        signals.release()
+    return Block(app, options)
 
 
 async def start(app: App, **options: Unpack[Options]) -> Server:
@@ -182,19 +174,15 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
             nobody waiting, it returns.)
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    check_backend()
-    settings = parse(app, options)
-    signals = Signals(settings.stop_on_signals)
+    block = Block(app, options)
     try:
-        async with await start_as(settings, signals) as server, Body(server, signals):
+        async with block as server:
             if task_status is not None:
                 task_status.started(server)
             await server.wait_closed()
     except StartupInterruptedError:
-        if signals.first is None or task_status is not None:
+        if block.signals.first is None or task_status is not None:
             raise
-    finally:
-        signals.release()
 
 
 async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Listener] | None = None) -> Server:
@@ -327,6 +315,59 @@ class Body(Interruptible):
         self._engine.on_crash = None
         self._signals.then(lambda: stop(self._server, self._signals))
         return await super().__aexit__(exc_type, exc, tb)
+
+
+class Block:
+    """
+    A server for the length of a block, once.
+
+    A generator could say this in four lines, and a start and stop would take a tenth longer: a loop keeps a register of
+    its asynchronous generators.
+    """
+
+    signals: Signals
+    _server: Server | None = None
+    _body: Body
+
+    def __init__(self, app: App, options: Options) -> None:
+        self._app = app
+        self._options = options
+
+    async def __aenter__(self) -> Server:
+        check_backend()
+        if self._server is not None:
+            raise RuntimeError("this block has been entered before; call serving() anew for each")
+        settings = parse(self._app, self._options)
+        self.signals = signals = Signals(settings.stop_on_signals)
+        try:
+            self._server = server = await start_as(settings, signals)
+            self._body = Body(server, signals)
+            try:
+                await self._body.__aenter__()
+            except BaseException:
+                async with server:
+                    raise
+        except BaseException:
+            signals.release()
+            raise
+        return server
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool:
+        assert self._server is not None
+        try:
+            try:
+                ours = await self._body.__aexit__(exc_type, exc, tb)
+            except BaseException:
+                async with self._server:
+                    raise
+            if ours:
+                exc_type = exc = tb = None
+            await self._server.__aexit__(exc_type, exc, tb)
+            return ours
+        finally:
+            self.signals.release()
 
 
 def check_backend() -> None:
