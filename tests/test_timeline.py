@@ -573,8 +573,9 @@ async def test_a_websocket_of_the_last_moment_is_told_as_well() -> None:
 # Force.
 
 
-async def test_a_cancelled_handler_is_no_exception_of_the_apps(caplog: pytest.LogCaptureFixture) -> None:
-    """uvicorn logs no traceback for it; for what else it raises meanwhile, it does."""
+@pytest.mark.parametrize("level", [logging.ERROR, logging.CRITICAL])
+async def test_a_cancelled_handler_is_no_exception_of_the_apps(level: int, caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn logs no traceback for it; for what else it raises meanwhile, it does, if its logger is to."""
     app_is_in = asyncio.Semaphore(0)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -588,6 +589,8 @@ async def test_a_cancelled_handler_is_no_exception_of_the_apps(caplog: pytest.Lo
             if scope["path"] == "/fails":
                 raise ZeroDivisionError
 
+    caplog.set_level(level, "uvicorn.error")
+    caplog.handler.setLevel(logging.NOTSET)  # of the others, all is to be seen
     server = await start(app, lifespan="off", shutdown_timeout=0)
     async with (
         connect(server) as quiet,
@@ -601,7 +604,11 @@ async def test_a_cancelled_handler_is_no_exception_of_the_apps(caplog: pytest.Lo
         await server.aclose()
     logged = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.name for record in logged if not record.exc_info] == ["aioserve"]
-    assert [record.exc_info[0] for record in logged if record.exc_info] == [ZeroDivisionError]
+    failed = [record for record in logged if record.exc_info]
+    assert [record.exc_info and record.exc_info[0] for record in failed] == [ZeroDivisionError] * (
+        level == logging.ERROR
+    )
+    assert not any(record.module == "_engine" for record in failed), "It was not the engine that said it."
 
 
 def test_a_synchronous_endpoint_that_is_stuck_in_its_thread_holds_nobody() -> None:

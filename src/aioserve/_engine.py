@@ -820,18 +820,27 @@ def _quieten(runs_for: Any) -> None:
         has_logger = runs_for.logger
     logger = getattr(has_logger, "logger", None)
     if isinstance(logger, logging.Logger) and not isinstance(logger, _WithoutOurDoing):
-        has_logger.logger = _WithoutOurDoing(logger)
+        has_logger.logger = _without_our_doing(logger)
 
 
 class _WithoutOurDoing(logging.Logger):
     def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logger.name, logger.getEffectiveLevel())
+        super().__init__(logger.name)
         self._logger = logger
 
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (logging's own)
+        return self._logger.isEnabledFor(level)
+
+    def error(self, msg: object, *args: object, **kwargs: Any) -> None:
+        if msg not in _LEFT_UNFINISHED:
+            super().error(msg, *args, **{"stacklevel": 2, **kwargs})
+
     def handle(self, record: logging.LogRecord) -> None:
-        cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
-        if not cancelled and record.msg not in _LEFT_UNFINISHED:
+        if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):
             self._logger.handle(record)
+
+
+_without_our_doing = functools.cache(_WithoutOurDoing)
 
 
 class _Lingering:
