@@ -48,6 +48,27 @@ async def test_a_block_is_for_once() -> None:
         await block.__aenter__()
 
 
+async def test_a_block_is_for_one_task() -> None:
+    """The second to come is refused, also while the first still waits for the start."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        starting.set()
+        await release.wait()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+
+    starting, release = asyncio.Event(), asyncio.Event()
+    block = serving(app)
+    first = asyncio.create_task(block.__aenter__())
+    await starting.wait()
+    with pytest.raises(RuntimeError, match=r"call serving\(\) anew"):
+        await block.__aenter__()
+    release.set()
+    await first
+    await block.__aexit__(None, None, None)
+
+
 async def test_being_asked_to_close_does_not_end_the_body() -> None:
     """It may have other things to do."""
     ran = []

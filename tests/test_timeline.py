@@ -108,6 +108,19 @@ async def test_what_waits_on_kept_alive_connections_is_answered() -> None:
             assert b"connection: close" in rest
 
 
+async def test_what_waits_behind_a_body_that_came_late_is_answered() -> None:
+    """Its request had been answered before; so nobody has looked at it."""
+    server = await start(App())
+    async with connect(server) as client:
+        client.writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 4\r\n\r\n")
+        await client.answer()
+        client.writer.write(b"body")
+        await turns()
+        client.ask("/")
+        await server.aclose()
+        assert (await client.rest()).startswith(b"HTTP/1.1 200")
+
+
 async def test_what_waits_on_kept_alive_connections_is_answered_over_tls(tls: Any) -> None:
     """The same, encrypted; and an idle one, whose client does not answer the goodbye, holds nobody."""
     options, context = tls

@@ -53,7 +53,7 @@ from uvicorn.server import ServerState
 from aioserve._acceptor import Acceptor
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError
 from aioserve._lifespan import Lifespan, describe
-from aioserve._shutdown import HeldUp, Report, shut_down
+from aioserve._shutdown import SETTLING_TURNS, HeldUp, Report, shut_down
 from aioserve._systemd import notify
 from aioserve._waiting import Waiting
 
@@ -424,7 +424,7 @@ class Engine(uvicorn.Server):
             self._loop.call_soon(self._dismiss, connection)
             self.waiting.notify()
 
-    def _dismiss(self, connection: Any) -> None:
+    def _dismiss(self, connection: Any, turns: int = SETTLING_TURNS) -> None:
         if connection not in self.server_state.connections:
             return
         if not connection.transport.is_closing():
@@ -434,7 +434,12 @@ class Engine(uvicorn.Server):
             if standing is Standing.SILENT:
                 self._silent.add(connection)
             if standing is Standing.ARRIVING and self._unread(connection):
-                self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
+                # When it is read, it is known what it is. The rest of a body whose request has its answer is no reason
+                # to wait for long; but uvicorn also takes for one what follows a body that came later than the answer.
+                if turns > 0 or connection.cycle is None or not connection.cycle.more_body:
+                    self._loop.call_soon(self._dismiss, connection, turns - 1)
+                else:
+                    standing = Standing.IDLE
             if standing is Standing.IDLE or (standing is Standing.SILENT and not self._patient):
                 try:
                     connection.shutdown()
@@ -447,8 +452,7 @@ class Engine(uvicorn.Server):
         standing = _standing(connection)
         if standing is Standing.BUSY or not hasattr(connection, "cycle"):
             return standing
-        rest_of_a_body = connection.cycle is not None and connection.cycle.more_body
-        return Standing.ARRIVING if not rest_of_a_body and self._unread(connection) else standing
+        return Standing.ARRIVING if self._unread(connection) else standing
 
     def _unread(self, connection: Any) -> int:
         return _unread(self.acceptor.below(connection.transport))
@@ -919,32 +923,39 @@ def _descriptor(below: Any) -> int:
 # uvicorn's Config.
 
 
-def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
-    """
-    Make uvicorn's Config: a copy of one that is made and loaded, where that comes to the same.
-
-    To make and load one takes longer than all else in a start, and most servers of a program differ in their apps only.
-    """
-    alike = _is_plain(app) and _DO_MORE.isdisjoint(options)
-    # There are no workers here, so uvicorn need not look for their number in the environment.
-    options = {"log_config": None, "workers": 1, **options}
-    if alike:
-        try:
-            loaded = _loaded(uvicorn_logger.getEffectiveLevel(), os.environ.get("FORWARDED_ALLOW_IPS"), **options)
-        except TypeError:
-            loaded = None  # a list, say, cannot be told from another one before it is looked into
-        if loaded is not None:
-            return loaded.copy_for(app)
-    return uvicorn.Config(app, **options)
-
-
 # Options that do more than to be remembered: they import, set up logging, read files, call.
 _OF_TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
 _DO_MORE = frozenset({"http", "ws", "log_config", "log_level", *(f"ssl_{name}" for name in _OF_TLS)})
 
 
+def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
+    """
+    Make uvicorn's Config: a copy of one that is made and loaded, where that comes to the same.
+
+    To make and load one takes half as long as all else in a start, and most servers of a program differ in their apps
+    only.
+    """
+    copied = _is_plain(app) and _DO_MORE.isdisjoint(options)
+    # There are no workers here, so uvicorn need not look for their number in the environment.
+    options = {"log_config": None, "workers": 1, **options}
+    if copied:
+        try:
+            template = _template_for(
+                uvicorn_logger.getEffectiveLevel(), os.environ.get("FORWARDED_ALLOW_IPS"), **options
+            )
+        except TypeError:
+            template = None  # an option cannot be hashed
+        if template is not None:
+            return template.copy_for(app)
+    return uvicorn.Config(app, **options)
+
+
 def _is_plain(app: Any) -> bool:
-    """Whether uvicorn takes the app for ASGI 3, and for no factory, if the options do not say otherwise."""
+    """
+    Whether uvicorn takes the app as it is: for ASGI 3, if the options do not say otherwise, and for no factory.
+
+    It takes for a factory what can be called with nothing, and no class for ASGI 3.
+    """
     function, bound = (app, 0) if isinstance(app, types.FunctionType) else (type(app).__call__, 1)
     if not isinstance(function, types.FunctionType) or isinstance(app, type):
         return False
@@ -953,7 +964,7 @@ def _is_plain(app: Any) -> bool:
     return required > 0 and bool(code.co_flags & inspect.CO_COROUTINE)
 
 
-class _Loaded:
+class _Template:
     """A Config that is loaded, to be copied for one app after another."""
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -972,11 +983,12 @@ class _Loaded:
 
 
 @functools.lru_cache(typed=True)
-def _loaded(_level: int, _trusted: str | None, **options: Any) -> _Loaded | None:
+def _template_for(_level: int, _trusted: str | None, **options: Any) -> _Template | None:
     """
     Load a Config with an app that is plain.
 
-    What it comes from besides the options, the arguments name.
+    The first two arguments are there to be told apart by: uvicorn looks at its logger's level, whether to put something
+    before the app, and at FORWARDED_ALLOW_IPS.
 
     Returns:
         None: It wraps the app, or it cannot be loaded; then what uvicorn does, and says, is better done by uvicorn.
@@ -993,21 +1005,21 @@ def _loaded(_level: int, _trusted: str | None, **options: Any) -> _Loaded | None
     taken = config.loaded_app
     if config.proxy_headers:
         taken = taken.app
-    return _Loaded(config) if taken is app else None
+    return _Template(config) if taken is app else None
 
 
 def _behind_proxies(app: Any, trusted: list[str] | str) -> ProxyHeadersMiddleware:
     """Wrap the app as uvicorn does; but who is trusted is worked out once for all servers, which takes a while."""
     middleware = ProxyHeadersMiddleware.__new__(ProxyHeadersMiddleware)
     middleware.app = app
-    middleware.trusted_hosts = _trusting(trusted if isinstance(trusted, str) else tuple(trusted)).trusted_hosts
+    middleware.trusted_hosts = _trusted_hosts(trusted if isinstance(trusted, str) else tuple(trusted))
     return middleware
 
 
 @functools.lru_cache
-def _trusting(hosts: str | tuple[str, ...]) -> ProxyHeadersMiddleware:
+def _trusted_hosts(hosts: str | tuple[str, ...]) -> Any:
     nobody: Any = None
-    return ProxyHeadersMiddleware(nobody, hosts if isinstance(hosts, str) else list(hosts))
+    return ProxyHeadersMiddleware(nobody, hosts if isinstance(hosts, str) else list(hosts)).trusted_hosts
 
 
 def load(config: uvicorn.Config) -> None:
