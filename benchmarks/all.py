@@ -80,6 +80,8 @@ def main() -> int:
     if arguments.rounds is None:
         RESULTS.mkdir(exist_ok=True)
         failed = [] if arguments.again else measure(RESULTS, None)
+        if arguments.again and not all((RESULTS / f"{name}.json").exists() for name in RUNS):
+            raise SystemExit(f"not everything has been measured: {RESULTS} has no JSON of some; run without --again")
         if not failed:
             show(RESULTS, README, PICTURE)
     else:

@@ -2,12 +2,13 @@
 Does anything stay behind after 10,000 starts and stops?
 
 Counted at the beginning (after a warm-up), in the middle and at the end of as many cycles, in a process for each peer;
-every tenth server answers a request:
+every tenth server (but for bare, whose few lines keep each connection) answers a request:
 
 - memory: as tracemalloc sees it after a collection, and RSS (in a second process, without tracemalloc)
 - descriptors, threads, and asyncio's tasks
 
-A peer of which descriptors, threads, tasks or more than 32 bytes a cycle stay, in the second half, is not flat.
+A peer is flat if it has no more descriptors, threads and tasks at the end than at the beginning, and its traced memory
+grows by less than 32 bytes a cycle in the second half.
 
     python benchmarks/cycles.py [--rounds 100] [--loop asyncio] [--json FILE]     a round is 100 cycles
 """

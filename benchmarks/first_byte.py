@@ -7,7 +7,8 @@ Timed, in turn, in one process and one loop, on a server that has just started, 
 - from nothing to the first byte: starting included
 
 The client is a bare socket in the same loop. The servers: a bare protocol of asyncio's that says hello, aioserve,
-aiohttp, hypercorn and uvicorn in a task, which share that loop. aioserve and uvicorn with the same HTTP implementation.
+aiohttp, hypercorn, h2corn and uvicorn in a task, which share that loop; not granian, which does not say when it
+listens. aioserve and uvicorn have the same HTTP implementation.
 
     python benchmarks/first_byte.py [--rounds 200] [--http httptools] [--loop asyncio] [--json FILE]
 """
@@ -23,7 +24,7 @@ from functools import partial
 from common import measuring, peers
 from common.clients import GET
 
-NAMES = ("bare", "aioserve", "aiohttp", "hypercorn", "uvicorn, task")
+NAMES = ("bare", "aioserve", "aiohttp", "aiohttp, app anew", "hypercorn", "h2corn", "uvicorn, task")
 
 
 async def first_byte(port: int) -> None:

@@ -16,6 +16,7 @@ Printed: the ratio of the first two, then the median of each in seconds, and wha
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import subprocess
@@ -82,7 +83,7 @@ PLUGINS = ["anyio.pytest_plugin", "aioserve.pytest_plugin"]  # and none else tha
 def run(path: Path, tests: int) -> float:
     """Run one of them, and return how long it took."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "anyio_mode=auto", "-p", "no:cacheprovider", str(path)]
-    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": ",".join(PLUGINS)}
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": ",".join(PLUGINS)}
     began = time.perf_counter()
     done = subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, check=False)
     took = time.perf_counter() - began
@@ -97,9 +98,9 @@ def measure(rounds: int, tests: int) -> dict[str, float]:
         paths = {name: Path(folder, f"test_{name}.py") for name in WAYS}
         for name, way in WAYS.items():
             paths[name].write_text(COMMON + way.format(tests=tests))
-        for _ in range(rounds):
-            for name, path in paths.items():
-                took[name].append(run(path, tests))
+        for number in range(rounds):
+            for name in paths if number % 2 else reversed(paths):
+                took[name].append(run(paths[name], tests))
     return {name: statistics.median(each) for name, each in took.items()}
 
 

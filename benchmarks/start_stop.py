@@ -4,17 +4,17 @@ How long does it take to start and stop a server with nothing to do?
 Timed, in turn, in one process and one loop, after a warm-up; whoever has its turn does it ten times in a row (uvicorn's
 ways, once), of which the median counts, since the first finds the processor's caches full of the last one's things:
 
-- bare: `asyncio.start_server()` opened and closed; nobody can be faster
+- bare: a server of asyncio's own, opened and closed; nobody can be faster
 - sketch: the least that an ASGI server is, without one error path
 - aioserve: `async with serving(app): pass`, with the app's lifespan
 - aiohttp (an `AppRunner` and a `TCPSite`; once with one `Application` for all, once with one for each), hypercorn,
   h2corn and granian in the same loop, as `common/peers.py` has them
-- uvicorn, task: `uvicorn.Server.serve()` as a task, `started` looked at on every loop turn, `should_exit` set
+- uvicorn, task: `uvicorn.Server.serve()` in a task, `started` looked at on every loop turn, `should_exit` set
 - uvicorn, thread: `uvicorn.Server.run()` in a thread, `started` polled every millisecond, `should_exit` set, joined
 - uvicorn, fork and spawn: the same in a process of `multiprocessing`, from a process that does nothing else; connected
   to every 10 ms until it accepts, terminated, joined
 
-And cold: a new interpreter that imports, starts, stops and ends; aioserve, aiohttp and uvicorn in a thread.
+And cold: a new interpreter that imports, starts, stops and ends; bare, aioserve, aiohttp and uvicorn in a thread.
 
     python benchmarks/start_stop.py [--rounds 200] [--loop asyncio] [--json FILE]
 """
@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from aioserve import serving
 from common import children, measuring, peers
 
 PROCESSES = ("fork", "spawn")
@@ -72,7 +71,7 @@ asyncio.run(main())
 import threading, time
 import uvicorn
 {app}
-server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, loop="asyncio"))
 thread = threading.Thread(target=server.run)
 thread.start()
 while not server.started:
@@ -89,19 +88,6 @@ async def app(scope, receive, send):
     await receive()
     await send({"type": "lifespan.shutdown.complete"})
 """
-
-
-async def bare() -> None:
-    """Open and close a socket, with asyncio's streams behind it."""
-    server = await asyncio.start_server(lambda reader, writer: None, peers.HOST, 0, backlog=peers.BACKLOG)
-    server.close()
-    await server.wait_closed()
-
-
-async def aioserve() -> None:
-    """Enter and leave the block."""
-    async with serving(peers.app):
-        pass
 
 
 IN_A_ROW = 10
@@ -137,14 +123,14 @@ def in_process(child: children.Child) -> Callable[[], Awaitable[float]]:
     return timing
 
 
-def run_uvicorn(port: int) -> None:
+def run_uvicorn(port: int, loop: str) -> None:
     """What the process does."""
     import uvicorn
 
-    uvicorn.run(peers.app, port=port, log_config=None)
+    uvicorn.Server(peers.uvicorn_config(port=port, loop=loop)).run()
 
 
-async def be_the_parent(method: str) -> None:
+async def be_the_parent(method: str, loop: str) -> None:
     """Start and stop a process, each time when told to."""
     context = multiprocessing.get_context(method)
     async for _ in children.questions():
@@ -152,7 +138,7 @@ async def be_the_parent(method: str) -> None:
             free.bind((peers.HOST, 0))
             port = free.getsockname()[1]
         before = time.perf_counter()
-        process = context.Process(target=run_uvicorn, args=(port,))  # type: ignore[attr-defined]
+        process = context.Process(target=run_uvicorn, args=(port, loop))  # type: ignore[attr-defined]
         process.start()
         while True:
             try:
@@ -178,13 +164,12 @@ def cold(program: str) -> Callable[[], Awaitable[float]]:
 
 async def main(rounds: int, processes: dict[str, children.Child]) -> tuple[dict[str, list[float]], ...]:
     """Measure both, warm and cold."""
-    ways: dict[str, Callable[[], Awaitable[float]]] = {"bare": in_a_row(bare), "aioserve": in_a_row(aioserve)}
+    ways: dict[str, Callable[[], Awaitable[float]]] = {}
     for name, make in peers.PEERS.items():
-        if name not in ways:
-            ways[name] = (measuring.timed if name.startswith("uvicorn") else in_a_row)(cycle(make()))
+        ways[name] = (measuring.timed if name.startswith("uvicorn") else in_a_row)(cycle(make()))
     ways.update({f"uvicorn, {method}": in_process(child) for method, child in processes.items()})
     # The slow ones take thousands of times longer, and tell as much in fewer rounds.
-    every = {name: 20 for name in ways if name.startswith("uvicorn")}
+    every = {name: 19 for name in ways if name.startswith("uvicorn")}
     warm = await measuring.in_turn(ways, rounds, every=every)
     cold_ways = {name: cold(program) for name, program in COLD.items()}
     return warm, await measuring.in_turn(cold_ways, max(rounds // 10, min(rounds, 5)), warm_up=1)
@@ -195,13 +180,14 @@ if __name__ == "__main__":
     parser.add_argument("--parent", choices=PROCESSES, help="for its own use")
     arguments = parser.parse_args()
     if arguments.parent:
-        asyncio.run(be_the_parent(arguments.parent))
+        asyncio.run(be_the_parent(arguments.parent, arguments.loop))
         sys.exit()
 
     # granian keeps a descriptor of each.
     measuring.more_descriptors(12_000)
     report = measuring.Report(__file__, arguments)
-    with children.Child(__file__, "--parent", "fork") as fork, children.Child(__file__, "--parent", "spawn") as spawn:
+    parents = [children.Child(__file__, "--parent", method, "--loop", arguments.loop) for method in PROCESSES]
+    with parents[0] as fork, parents[1] as spawn:
         warm, new = measuring.run(main(arguments.rounds, {"fork": fork, "spawn": spawn}), arguments.loop)
     report.times("start and stop", warm)
     report.times("start and stop, cold", new)

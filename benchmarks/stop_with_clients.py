@@ -10,8 +10,9 @@ Timed, in turn, each server in a process of its own and the clients in this one:
 
 The servers: a bare protocol of asyncio's which closes its transports (idle connections only), aioserve with
 `disconnect_after=0`, aiohttp whose app ends its streams and WebSockets in `on_shutdown`, hypercorn, h2corn, granian,
-and uvicorn in a task. Each gives its clients 3 seconds; one that takes those is measured once, and one that takes more
-is ended and said to have taken 3. "left open" are connections that half a second after the stop are not closed.
+and uvicorn in a task. Each gives its clients 3 seconds, if it has an option for it; one that takes those is measured
+once, and one that has not stopped half a second later is ended: "ended". "left open" are connections that half a second
+after the stop are not closed.
 
     python benchmarks/stop_with_clients.py [--rounds 20] [--loop asyncio] [--json FILE]
 """
@@ -38,6 +39,7 @@ class Peer:
         self.child = children.serve(name, loop=loop)
         self.figures: list[float] = []
         self.left_open = 0
+        self.ended = False
 
     def measure(self, kind: str, count: int) -> float:
         """Start, connect, stop; return how long that took."""
@@ -56,7 +58,8 @@ class Peer:
         except children.TooLongError:
             self.end()
             self.child = children.serve(self.name, loop=self.loop)
-            took = peers.GRACE
+            self.ended = True
+            took = LIMIT
         finally:
             clients.hang_up(opened)
         return took
@@ -70,7 +73,7 @@ class Peer:
 def ask(kind: str, count: int, everybody: list[Peer], rounds: int) -> dict[str, list[float]]:
     """Measure all in turn, and those that are slow once."""
     for peer in everybody:
-        peer.figures, peer.left_open = [], 0
+        peer.figures, peer.left_open, peer.ended = [], 0, False
     for number in range(rounds):
         for peer in everybody if number % 2 else reversed(everybody):
             if peer.name == "bare" and kind != "idle":
@@ -92,9 +95,13 @@ def main(arguments: Any) -> None:
             rounds = arguments.rounds if count < 1000 else max(1, arguments.rounds // 5)
             figures = ask(kind, count, everybody, rounds)
             report.times(f"stop with {question}", figures, to="aioserve")
-            open_ones = {peer.name: {"left open": peer.left_open} for peer in everybody if peer.left_open}
-            if open_ones:
-                report.table(f"left open after a stop with {question}", open_ones)
+            wrong = {
+                peer.name: {"left open": peer.left_open, "ended": int(peer.ended)}
+                for peer in everybody
+                if peer.left_open or peer.ended
+            }
+            if wrong:
+                report.table(f"went wrong in a stop with {question}", wrong)
     finally:
         for peer in everybody:
             peer.end()

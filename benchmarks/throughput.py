@@ -8,7 +8,8 @@ long as it lives):
 - requests in a second, and how long 50 % and 99 % of them took at most: wrk, 16 connections that are kept alive
 - new connections in a second: one request each, 16 at a time, from this process
 
-What counts is the ratio within a pair: the medians of these are printed, each with its 95 % confidence interval.
+What counts is the ratio within a pair: the medians of these are printed, each with the 95 % confidence interval of the
+median of what the processes had for theirs (the pairs of the same processes are not independent).
 
 And, exact where clocks are noisy, the function calls of a request, on a kept-alive connection and, for comparison, on a
 new one: as `sys.setprofile()` sees them in the loop's thread, the most frequent count of many requests, whose client is
@@ -72,14 +73,17 @@ def pairs(rounds: int, http: str, loop: str) -> list[dict[str, dict[str, float]]
         ports = {name: server.ask("start") for name, server in servers.items()}
         for port in ports.values():
             clients.fetch(port, 100)
-        for number in range(min(PAIRS_PER_PROCESS, rounds - len(results))):
-            # So that over the processes, too, each is as often the first.
-            turned = (len(results) + number // PAIRS_PER_PROCESS) % 2
-            results.append(pair(ports, list(NAMES if turned else reversed(NAMES))))
+        for _ in range(min(PAIRS_PER_PROCESS, rounds - len(results))):
+            results.append(pair(ports, list(NAMES if len(results) % 2 else reversed(NAMES))))
         for server in servers.values():
             server.ask("stop")
             server.__exit__(None, None, None)
     return results
+
+
+def of_processes(ratios: list[float]) -> list[list[float]]:
+    """Put together what was measured on the same two processes."""
+    return [ratios[first : first + PAIRS_PER_PROCESS] for first in range(0, len(ratios), PAIRS_PER_PROCESS)]
 
 
 async def count_calls(make: Any, requests: int, *, kept_alive: bool) -> dict[str, dict[str, int]]:
@@ -147,7 +151,7 @@ def main(arguments: Any) -> int:
     rows = {}
     for what in measured[0]["aioserve"]:
         ratios = [each["aioserve"][what] / each["uvicorn, task"][what] for each in measured]
-        low, high = measuring.interval(ratios)
+        low, high = measuring.interval([statistics.median(each) for each in of_processes(ratios)])
         scale = 1000 if what.startswith("p") else 1
         rows[what + (", ms" if scale > 1 else "")] = {
             "ratio": statistics.median(ratios),

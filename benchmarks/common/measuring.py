@@ -27,7 +27,10 @@ import uvloop
 
 T = TypeVar("T")
 
-PACKAGES = ("aioserve-asgi", "uvicorn", "anyio", "uvloop", "httptools", "aiohttp", "hypercorn", "h2corn", "granian")
+PACKAGES = (
+    *("aioserve-asgi", "uvicorn", "anyio", "uvloop", "httptools", "h11", "zttp", "websockets"),
+    *("aiohttp", "hypercorn", "h2corn", "granian"),
+)
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
 
 
@@ -61,15 +64,16 @@ async def in_turn(
     Args:
         ways: What is compared.
         rounds: How often.
-        every: In which rounds only, for those that take long: 10 is each tenth one.
-        warm_up: How many rounds to forget first.
+        every: In which rounds only, for those that take long: 11 is each eleventh one. Odd, so that they turn, too.
+        warm_up: How many rounds to forget first; one, of those that take long.
     """
     figures: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     gc.collect()
     for number in range(-warm_up, rounds):
         for name in names if number % 2 else reversed(names):
-            if number % (every or {}).get(name, 1):
+            step = (every or {}).get(name, 1)
+            if number % step if number >= 0 else (step > 1 and number != -1):
                 continue
             figure = await ways[name]()
             if number >= 0:
@@ -118,9 +122,7 @@ class Report:
         """Print the median of each as a ratio to that of one, then in its unit."""
         medians = {name: statistics.median(each) for name, each in figures.items() if each}
         rows: dict[str, dict[str, Any]] = {}
-        print(
-            f"\n{question}\n{'':24} {'x ' + to:>12}   {'median, ' + unit:>12}   {'best':>9}   {'95 % of medians':>21}"
-        )
+        print(f"\n{question}\n{'':24} {'x ' + to:>12}   {'median, ' + unit:>12}   {'best':>9}   {'95 % interval':>21}")
         for name, median in medians.items():
             scaled = [figure * UNITS[unit] for figure in figures[name]]
             low, high = interval(scaled)
@@ -130,7 +132,7 @@ class Report:
                 "best": min(scaled),
                 "interval": [low, high],
                 "unit": unit,
-                "measured": len(scaled),
+                "figures": scaled,
             }
             print(
                 f"{name:24} {median / medians[to]:12.2f}   {median * UNITS[unit]:12.3f}   {min(scaled):9.3f}"

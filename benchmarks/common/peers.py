@@ -2,7 +2,8 @@
 The servers that are compared: each started and stopped in the running loop, in its best way, on an event if it has one.
 
 All serve the same app (aiohttp its like), with a lifespan, on a free port of 127.0.0.1, with a backlog of 2048 and
-without logs. Each gives requests in flight `GRACE` seconds at its stop, and idle connections more time than we have.
+without logs. Each gives requests in flight `GRACE` seconds at its stop (but granian, which has no option for it), and
+idle connections more time than we have.
 
 Each function below is called once, to import and to make what one server after another can share; what it returns is
 timed.
@@ -99,8 +100,9 @@ def bare() -> Start:
 
 def sketch() -> Start:
     """
-    What an ASGI server is at least, if it outlives the cancellation of those who wait for it: a task for the lifespan,
-    and one for the server. It has not one error path, and no HTTP.
+    What an ASGI server is at least, if its end is to be waited for: a task for the lifespan, and one for the server.
+
+    It has not one error path, and no HTTP.
     """
 
     async def serve(port: asyncio.Future[int], ask: asyncio.Future[None], closed: asyncio.Event) -> None:
@@ -350,13 +352,13 @@ def uvicorn_config(**options: Any) -> Any:
     """What uvicorn is given in all its ways; the same as ours."""
     import uvicorn
 
-    settings = {"access_log": False, "timeout_keep_alive": KEEP_ALIVE, **options}
-    return uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=GRACE, **settings)
+    settings = {"port": 0, "access_log": False, "timeout_keep_alive": KEEP_ALIVE, **options}
+    return uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACE, **settings)
 
 
 def uvicorn_task(**options: Any) -> Start:
     """
-    `uvicorn.Server.serve()` in a task, as patiently as a loop allows: looked at on every turn.
+    `uvicorn.Server.serve()` in a task, looked at on every turn, which is as soon as a loop can know.
 
     Without its signal handlers, which are not asked about.
     """
@@ -383,7 +385,8 @@ def uvicorn_thread(**options: Any) -> Start:
     import uvicorn
 
     async def start() -> Running:
-        server = uvicorn.Server(uvicorn_config(**options))
+        uvloop = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
+        server = uvicorn.Server(uvicorn_config(loop="uvloop" if uvloop else "asyncio", **options))
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:

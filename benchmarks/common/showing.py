@@ -17,7 +17,17 @@ Results = Mapping[str, Any]
 
 BEGIN, END = "<!-- figures: written by benchmarks/all.py -->", "<!-- end of the figures -->"
 
-COLUMNS = ("bare", "aioserve", "aiohttp", "hypercorn", "h2corn", "granian", "uvicorn, task")
+COLUMNS = (
+    "bare",
+    "sketch",
+    "aioserve",
+    "aiohttp",
+    "aiohttp, app anew",
+    "hypercorn",
+    "h2corn",
+    "granian",
+    "uvicorn, task",
+)
 ROWS = [
     ("start and stop", "start_stop-asyncio", "start and stop"),
     ("the same on uvloop", "start_stop-uvloop", "start and stop"),
@@ -74,7 +84,8 @@ def tables(results: Results) -> str:
         if row is None:
             continue
         ours = row["aioserve"]
-        cells = [_cell(name, row.get(name), ours) for name in COLUMNS]
+        wrong = results[file]["tables"].get(f"went wrong in a {question.replace(' idle', '')}", {})
+        cells = [_cell(name, row.get(name), ours, wrong.get(name, {})) for name in COLUMNS]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     weights = results["many_servers-asyncio"]["tables"]["memory of each of 1000"]
     ours_weighs = weights["aioserve"]["traced, KiB"]
@@ -116,17 +127,19 @@ def tables(results: Results) -> str:
         f"Importing takes {imports['uvicorn, anyio -> serving']['median']:.1f} ms beyond `import uvicorn, anyio`.",
     ]
     if "pytest -> plugin" in imports:
-        said.append(f"The pytest plugin adds {imports['pytest -> plugin']['median']:.1f} ms to a run of pytest.")
+        said.append(f"Importing the pytest plugin takes {imports['pytest -> plugin']['median']:.1f} ms.")
     lines += ["", *textwrap.wrap(" ".join(said), 120), "", *textwrap.wrap(f"Measured with {machine(results)}.", 120)]
     return "\n".join(lines)
 
 
-def _cell(name: str, row: Any, ours: Any) -> str:
+def _cell(name: str, row: Any, ours: Any, wrong: Mapping[str, int]) -> str:
     if row is None:
         return ""
+    if wrong.get("ended"):
+        return f"> {time(row['median'])}"
     if name == "aioserve":
         return f"**1** ({time(ours['median'] / (1000 if ours['unit'] == 'µs' else 1))})"
-    return _digits(row["median"] / ours["median"])
+    return _digits(row["median"] / ours["median"]) + ("*" if wrong.get("left open") else "")
 
 
 def put_into(readme: Path, text: str) -> None:
@@ -143,14 +156,14 @@ STYLE = """
   .small { font-size: 11px; fill: #59636e }
   .ours text { font-weight: 600 }
   .grid { stroke: #d1d9e0 }
-  .bar { fill: #8c959f }
-  .ours .bar { fill: #0969da }
+  .dot { fill: #8c959f }
+  .ours .dot { fill: #0969da }
   @media (prefers-color-scheme: dark) {
     text { fill: #f0f6fc }
     .small { fill: #9198a1 }
     .grid { stroke: #3d444d }
-    .bar { fill: #656c76 }
-    .ours .bar { fill: #4493f8 }
+    .dot { fill: #656c76 }
+    .ours .dot { fill: #4493f8 }
   }
 """
 
@@ -158,7 +171,8 @@ STYLE = """
 def picture(results: Results) -> str:
     """Draw how long starting and stopping takes, on a logarithmic scale, as SVG."""
     rows = results["start_stop-asyncio"]["tables"]["start and stop"]
-    medians = {name: row["median"] for name, row in sorted(rows.items(), key=lambda item: item[1]["median"])}
+    ordered = sorted(rows.items(), key=lambda item: item[1]["median"])
+    medians = {name: row["median"] for name, row in ordered if name != "sketch"}
     left, right, top, height, step = 130, 560, 46, 16, 24
     width, bottom = 720, top + step * len(medians)
     low = math.floor(math.log10(min(medians.values())))
@@ -185,8 +199,8 @@ def picture(results: Results) -> str:
         parts.append(
             f'<g class="{"ours" if name == "aioserve" else "peer"}">'
             f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(shown)}</text>'
-            f'<rect class="bar" x="{left}" y="{y}" width="{x(median) - left:.1f}" height="{height}" rx="2"/>'
-            f'<text x="{x(median) + 6:.1f}" y="{y + 12}">{time(median)} · {ratio}</text></g>'
+            f'<circle class="dot" cx="{x(median):.1f}" cy="{y + height / 2}" r="6"/>'
+            f'<text x="{x(median) + 11:.1f}" y="{y + 12}">{time(median)} · {ratio}</text></g>'
         )
     versions = results["start_stop-asyncio"]["versions"]
     said = ", ".join(
