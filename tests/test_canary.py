@@ -63,8 +63,9 @@ OF_HTTP = [
     Thing("http", "cycle.disconnected", "A handler could not be told to end before it is cancelled."),
     Thing("http", "cycle.message_event", "A handler that waits in receive() would not wake up to be told to end."),
     Thing("http", "cycle.on_response", "An answer that comes after an upgrade would leave a timer behind."),
+    Thing("http", "cycle.transport", "What has arrived of a body would be lost when its handler is told to end."),
     Thing("http", "cycle.logger", "Each handler that is cancelled would leave a traceback in the log."),
-    Thing("http", "cycle.more_body", "A request's own body would be taken for the next request.", ("h11",)),
+    Thing("http", "cycle.more_body", "A request's own body would be taken for the next request."),
     Thing("http", "conn", "h11 and zttp could not be told from each other.", ("h11", "zttp")),
     Thing("http", "conn.trailing_data", "What has come of a request would be thrown away by a stop.", ("h11",)),
     Thing("http", "scope", "What has come of a request would be thrown away by a stop.", ("httptools",)),
@@ -73,6 +74,15 @@ OF_HTTP = [
 OF_WEBSOCKETS = [
     Thing("websocket", "transport", "A stop could not drop a WebSocket."),
     Thing("websocket", "shutdown", "A stop could not tell a WebSocket to come again."),
+    Thing(
+        "websocket",
+        "handshake_complete",
+        "A WebSocket of the last moment would be refused.",
+        ("websockets-sansio", "wsproto"),
+    ),
+    Thing(
+        "websocket", "handshake_completed_event", "A WebSocket of the last moment would be refused.", ("websockets",)
+    ),
     Thing("websocket", "scope", "A WebSocket's handler that is cancelled would have no name in the report."),
     Thing("websocket", "logger", "A WebSocket's handler that is cancelled would leave a traceback in the log."),
     Thing("websocket", "handler_task", "The legacy protocol's task would outlive the server.", ("websockets",)),

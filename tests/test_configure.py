@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator, MutableMapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import StartupError
 from aioserve._engine import configure, load
@@ -206,7 +209,8 @@ def test_every_option_is_tried() -> None:
 
 @pytest.mark.parametrize("name", APPS)
 def test_what_can_be_copied_is(name: str) -> None:
-    """Or each start would take a quarter longer."""
+    """Or each start would take a half longer."""
+    by_us(without_lifespan, {})
     assert configure(APPS[name], {}).loaded is (name in COPIED)
 
 
@@ -265,6 +269,78 @@ def test_logging_is_set_up_each_time(option: str, tmp_path: Path) -> None:
         logger.setLevel(logging.INFO)
         by_us(without_lifespan, options[option])
         assert logger.level == logging.CRITICAL
+
+
+@pytest.mark.parametrize(
+    "patched",
+    ["uvicorn.protocols.http.auto.AutoHTTPProtocol", "uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol"],
+)
+def test_what_auto_means_is_looked_at_each_time(patched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some have changed it, in tests above all."""
+    by_us(without_lifespan, {})
+    monkeypatch.setattr(patched, asyncio.Protocol)
+    assert told(by_us(without_lifespan, {})) == told(by_uvicorn(without_lifespan, {}))
+
+
+@pytest.mark.parametrize(("protocols", "other"), [(HTTP_PROTOCOLS, "h11"), (WS_PROTOCOLS, "wsproto")])
+def test_what_uvicorn_takes_for_auto_is_looked_at_each_time(
+    protocols: dict[str, Any], other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests here rely on it."""
+    by_us(without_lifespan, {})
+    monkeypatch.setitem(protocols, "auto", protocols[other])
+    assert told(by_us(without_lifespan, {})) == told(by_uvicorn(without_lifespan, {}))
+
+
+def test_who_wraps_the_loading_sees_every_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is how an agent that watches over apps gets to them."""
+    loading = uvicorn.Config.load
+
+    def load_and_wrap(config: uvicorn.Config) -> None:
+        loading(config)
+        config.loaded_app = partial(config.loaded_app)
+
+    by_us(without_lifespan, {"proxy_headers": False})
+    monkeypatch.setattr(uvicorn.Config, "load", load_and_wrap)
+    assert isinstance(by_us(without_lifespan, {"proxy_headers": False}).loaded_app, partial)
+
+
+def test_a_signal_that_comes_in_the_first_loading_stops_the_start() -> None:
+    """It imports the protocols, which takes a while."""
+    program = """
+import asyncio, os, signal, sys
+from aioserve import serving, StartupInterruptedError
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "uvicorn.protocols.http.auto":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+async def app(scope, receive, send):
+    pass
+
+async def main():
+    try:
+        async with serving(app, lifespan="off", stop_on_signals=True):
+            pass
+    except StartupInterruptedError as exc:
+        print(exc)
+
+sys.meta_path.insert(0, Finder())
+asyncio.run(main())
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603
+    assert done.stdout == "SIGTERM stopped the server before it had started\n"
+
+
+def test_a_factory_that_is_none_is_said_to_be_none_once(caplog: pytest.LogCaptureFixture) -> None:
+    """And by its own name."""
+    by_us(without_lifespan, {})
+    with pytest.raises(StartupError):
+        by_us(without_lifespan, {"factory": True})
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "without_lifespan()" in line
 
 
 def test_the_loggers_level_is_looked_at_each_time() -> None:

@@ -25,10 +25,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
-from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from websockets.asyncio.client import connect as connect_websocket
 
-from aioserve import Server, ServerCrashedError, _acceptor, _shutdown, serving, start
+from aioserve import Server, ServerCrashedError, _acceptor, _engine, _shutdown, serving, start
 from tests.apps import App
 from tests.clients import REQUEST, connect, connect_tls
 from tests.turns import MANY_TURNS, after, turns
@@ -190,6 +190,38 @@ async def test_a_silent_connection_may_still_send_a_first_request() -> None:
         client.ask("/")
         assert b"connection: close" in await client.rest()
         await closing
+
+
+async def test_what_has_arrived_and_is_no_request_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between requests, empty lines are allowed (RFC 9112, 2.2); until it is read, it may be anything."""
+    monkeypatch.setattr(_shutdown, "FIRST_REQUEST", MOMENT)
+    for settled in (True, False):
+        server = await start(App(), shutdown_timeout=None)
+        with socket.create_connection((server.host, server.port)) as client:
+            await turns()
+            if not settled:  # it comes when all that had been there before is looked at already
+                monkeypatch.setattr(_engine.Engine, "is_settled", lambda _: True)
+            client.sendall(b"\r\n")
+            await server.aclose()
+            assert client.recv(1000)[:12] in (b"", b"HTTP/1.1 400")  # h11 does not allow them
+        assert server.report is not None
+        assert server.report.aborted == 0
+
+
+@pytest.mark.parametrize("kept_alive", [False, True], ids=["new", "kept alive"])
+@pytest.mark.parametrize("ws", WS_PROTOCOLS.keys() - {"auto", "none"})
+async def test_a_websocket_that_had_arrived_is_accepted(ws: str, kept_alive: bool) -> None:
+    """And then told to come again."""
+    server = await start(App(), ws=ws)
+    async with connect(server) as client:
+        if kept_alive:
+            client.ask("/")
+            await client.answer()
+        else:
+            await turns()
+        client.writer.write(UPGRADE)
+        await server.aclose()
+        assert (await client.rest()).startswith(b"HTTP/1.1 101")
 
 
 async def test_a_connection_that_stays_silent_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,14 +397,14 @@ async def test_who_waits_in_receive_is_told_of_a_disconnect_and_may_say_farewell
 
 
 @pytest.mark.parametrize("disconnect_after", [0, MOMENT])
-@pytest.mark.parametrize("how", ["in the queue", "in two parts", "pipelined"])
+@pytest.mark.parametrize("how", ["in the queue", "in two parts", *PIPELINING])
 async def test_who_begins_later_is_told_as_well(how: str, disconnect_after: float) -> None:
     """Or an endless stream whose request was on its way when the stop was asked for would hold it up for ever."""
-    server = await start(farewell, disconnect_after=disconnect_after, shutdown_timeout=None)
+    http = how if how in PIPELINING else "auto"
+    server = await start(farewell, disconnect_after=disconnect_after, shutdown_timeout=None, http=http)
     request = REQUEST % b"/"
-    before, rest = {"in the queue": (request, b""), "in two parts": (request[:9], request[9:])}.get(
-        how, (request * 2, b"")
-    )
+    pipelined = request * 3, b""
+    before, rest = {"in the queue": (request, b""), "in two parts": (request[:9], request[9:])}.get(how, pipelined)
     with socket.create_connection((server.host, server.port)) as client:
         client.sendall(before)
         if how != "in the queue":
@@ -382,7 +414,91 @@ async def test_who_begins_later_is_told_as_well(how: str, disconnect_after: floa
             await asyncio.sleep(2 * disconnect_after)
             await turns()
             client.sendall(rest)
-        assert client.recv(10_000).count(b"farewell") == (2 if how == "pipelined" else 1)
+        assert client.recv(10_000).count(b"farewell") == (3 if how in PIPELINING else 1)
+
+
+@pytest.mark.parametrize("size", [10, 120_000])
+@pytest.mark.parametrize("reading", [False, True], ids=["not yet in receive()", "in receive()"])
+async def test_a_body_that_has_arrived_is_read_before_the_disconnect(
+    size: int, reading: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the kernel when the handler is to be told."""
+    seen: list[dict[str, Any]] = []
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        begun.set()
+        await go_on.wait()
+        while not seen or seen[-1].get("more_body"):
+            seen.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    # That all has been read is true when it is asked for, and then the body comes.
+    monkeypatch.setattr(_engine.Engine, "is_settled", lambda _: True)
+    server = await start(app, disconnect_after=0, shutdown_timeout=None)
+    with socket.create_connection((server.host, server.port)) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: %d\r\n\r\n" % size)
+        await begun.wait()
+        if reading:
+            go_on.set()
+            await turns()
+        client.sendall(bytes(size))
+        after(MANY_TURNS, go_on.set)
+        await server.aclose()
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+    assert sum(len(message.get("body", b"")) for message in seen) == size
+    assert {message["type"] for message in seen} == {"http.request"}
+
+
+async def test_a_body_that_goes_on_and_on_does_not_hold_up_the_stop() -> None:
+    """Neither of a request that is answered already, nor of one whose handler reads it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        if scope["path"] == "/read":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    def send_on(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client.sendall(bytes(50_000))
+
+    for path in (b"/", b"/read"):
+        server = await start(app, disconnect_after=0, shutdown_timeout=None)
+        with socket.create_connection((server.host, server.port)) as client, ThreadPoolExecutor(1) as executor:
+            client.sendall(b"POST %s HTTP/1.1\r\nhost: test\r\ncontent-length: %d\r\n\r\n" % (path, 10**12))
+            sending = executor.submit(send_on, client)
+            await turns()
+            await server.aclose()
+            with contextlib.suppress(OSError):  # it is closed from there
+                client.shutdown(socket.SHUT_RDWR)
+            sending.result()
+
+
+async def test_a_body_of_which_half_has_arrived_does_not_hold_up_the_stop() -> None:
+    """What has come is read; then there is the disconnect."""
+    seen: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        begun.set()
+        while not seen or seen[-1].get("more_body"):
+            seen.append(await receive())
+
+    begun = asyncio.Event()
+    server = await start(app, disconnect_after=0, shutdown_timeout=None)
+    with socket.create_connection((server.host, server.port)) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n")
+        await begun.wait()
+        client.sendall(b"half")
+        await server.aclose()
+    assert [message.get("body") for message in seen] == [b"half", None]
+    assert seen[-1]["type"] == "http.disconnect"
 
 
 async def test_who_had_to_be_told_because_the_time_was_over_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,17 +78,16 @@ class Acceptor:
 
         The queue of a socket that is lent belongs to whoever takes it next.
         """
-        listeners, self._listeners = self._listeners, ()
         if self._serving and not self._loop.is_closed():
             self._serving = False
-            for listener in listeners:
+            for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.withdraw()
                 if not listener.lent and _is_readable(listener.socket):
                     self._accept(listener.socket)
             for retry in self._retries.values():
                 retry.cancel()
-        for listener in listeners:
+        for listener in self._listeners:
             listener.close()
 
     async def wait_closed(self) -> None:

@@ -8,16 +8,18 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
   (WebSocket); an upgrade takes one out and puts another in. `server_state.tasks` holds a task per request or WebSocket.
 - HTTP protocols read their own `server_state.default_headers` at each request, and count up
   `server_state.total_requests` when a response is complete. In between there is `cycle`: with `scope`,
-  `default_headers`, `response_complete`, `disconnected`, `message_event` and `logger`.
+  `transport`, `default_headers`, `response_complete`, `more_body`, `disconnected`, `message_event` and `logger`.
 - Their `timeout_keep_alive_task` is a timer after a response, and `None` again as soon as more bytes have come. A lost
   connection can leave it behind.
 - What of a next request has come is told by httptools' `scope` and `pipeline`, and by h11's `conn.trailing_data`.
-- Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012.
-- The legacy WebSocket protocol runs tasks of its own: `handler_task` and `close_connection_task`.
+- Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012, but one that
+  is not yet accepted with a 500. Whether it is, `handshake_complete` says.
+- The legacy WebSocket protocol has a `handshake_completed_event` for that, and runs tasks of its own: `handler_task`
+  and `close_connection_task`.
 - A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope` and a `logger`.
 - `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`. An app that is
-  ASGI 3 by its looks stays as it is; all else in a loaded Config comes from the options, from two variables of the
-  environment, and from the logger's level.
+  ASGI 3 by its looks stays as it is; all else in a loaded Config comes from the options, from FORWARDED_ALLOW_IPS, from
+  the logger's level, and from what `HTTP_PROTOCOLS` and `WS_PROTOCOLS` name.
 
 What is ours in place of uvicorn's: `serve()`, which runs on events instead of a tick; the lifespan; the sockets and
 what they accept; the shutdown; and no signal handlers at all.
@@ -46,6 +48,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import uvicorn
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from uvicorn.importer import import_from_string
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.server import ServerState
@@ -53,7 +56,7 @@ from uvicorn.server import ServerState
 from aioserve._acceptor import Acceptor
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError
 from aioserve._lifespan import Lifespan, describe
-from aioserve._shutdown import SETTLING_TURNS, HeldUp, Report, shut_down
+from aioserve._shutdown import HeldUp, Report, shut_down
 from aioserve._systemd import notify
 from aioserve._waiting import Waiting
 
@@ -68,6 +71,11 @@ CLOSE = (b"connection", b"close")
 
 # What uvicorn says of a handler that has left its response unfinished.
 _LEFT_UNFINISHED = tuple(f"ASGI callable returned without {what} response." for what in ("starting", "completing"))
+
+
+# How many loop turns a handler may take to read what has arrived of a body, when it is to be told of a disconnect:
+# enough for all that a kernel keeps.
+_TURNS_FOR_A_BODY = 100
 
 
 class Standing(enum.Enum):
@@ -325,6 +333,17 @@ class Engine(uvicorn.Server):
 
     # What the shutdown is told in.
 
+    def is_settled(self) -> bool:
+        """Whether all that has arrived is read, and has come to its handler."""
+        return not self.acceptor.making and all(map(self._is_settled, self.server_state.connections))
+
+    def _is_settled(self, connection: Any) -> bool:
+        if not hasattr(connection, "cycle"):
+            return _is_accepted(connection)
+        if connection.cycle is None or self._unread(connection):
+            return False
+        return _standing(connection) in (Standing.IDLE, Standing.BUSY)
+
     def dismiss(self, *, patient: bool) -> None:
         """
         Close the connections that are owed nothing, WebSockets with 1012, and each other one as soon as it is.
@@ -343,12 +362,14 @@ class Engine(uvicorn.Server):
         """Whether no connection is left that is owed a first request."""
         if self.acceptor.making:
             return False
-        self._silent = {
-            connection
-            for connection in self._silent & self.server_state.connections
-            if self._standing(connection) is Standing.SILENT
-        }
+        self._silent = {each for each in self._silent & self.server_state.connections if self._may_be_silent(each)}
         return not self._silent
+
+    def _may_be_silent(self, connection: Any) -> bool:
+        """Whether nothing has been read from it that shows for a request; what is not yet read may be one, or none."""
+        if not hasattr(connection, "cycle") or connection.cycle is not None:
+            return False
+        return self._standing(connection) is Standing.SILENT or bool(self._unread(connection))
 
     def is_quiet(self) -> bool:
         """Whether no connection and no handler is left."""
@@ -365,7 +386,13 @@ class Engine(uvicorn.Server):
         for task in list(self.server_state.tasks):
             cycle = _runs_for(task)
             if hasattr(cycle, "message_event") and not cycle.response_complete:
-                _persuade(cycle)
+                _persuade(cycle, self._unread)
+        for connection in list(self.server_state.connections):
+            self._persuade(connection)
+
+    def _persuade(self, connection: Any) -> None:
+        for cycle in _unanswered(connection):
+            _persuade(cycle, self._unread)
 
     def held_up(self) -> dict[asyncio.Task[Any], HeldUp]:
         """The handlers that are left, each with where it is."""
@@ -392,8 +419,6 @@ class Engine(uvicorn.Server):
             return False
         if task is self.lifespan.task or task in self.server_state.tasks:
             return True
-        if self._loop.get_task_factory() is None:
-            return False
         # An eager task runs before uvicorn has it in its set.
         scope = getattr(_runs_for(task), "scope", None)
         return scope is not None and getattr(scope["state"].get("aioserve"), "_engine", None) is self
@@ -424,22 +449,17 @@ class Engine(uvicorn.Server):
             self._loop.call_soon(self._dismiss, connection)
             self.waiting.notify()
 
-    def _dismiss(self, connection: Any, turns: int = SETTLING_TURNS) -> None:
+    def _dismiss(self, connection: Any) -> None:
         if connection not in self.server_state.connections:
             return
         if not connection.transport.is_closing():
             standing = self._standing(connection)
             if standing is Standing.BUSY and self._persuading:
-                _persuade(connection.cycle)
-            if standing is Standing.SILENT:
+                self._persuade(connection)
+            if self._may_be_silent(connection):
                 self._silent.add(connection)
             if standing is Standing.ARRIVING and self._unread(connection):
-                # When it is read, it is known what it is. The rest of a body whose request has its answer is no reason
-                # to wait for long; but uvicorn also takes for one what follows a body that came later than the answer.
-                if turns > 0 or connection.cycle is None or not connection.cycle.more_body:
-                    self._loop.call_soon(self._dismiss, connection, turns - 1)
-                else:
-                    standing = Standing.IDLE
+                self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
             if standing is Standing.IDLE or (standing is Standing.SILENT and not self._patient):
                 try:
                     connection.shutdown()
@@ -452,9 +472,12 @@ class Engine(uvicorn.Server):
         standing = _standing(connection)
         if standing is Standing.BUSY or not hasattr(connection, "cycle"):
             return standing
-        return Standing.ARRIVING if self._unread(connection) else standing
+        # The rest of a body whose request has its answer is no reason to wait.
+        rest_of_a_body = connection.cycle is not None and connection.cycle.more_body
+        return Standing.ARRIVING if not rest_of_a_body and self._unread(connection) else standing
 
     def _unread(self, connection: Any) -> int:
+        """How much has come on a connection, or on that of a cycle, and is not yet read."""
         return _unread(self.acceptor.below(connection.transport))
 
     def more_is_waiting(self, connection: Any) -> bool:
@@ -634,6 +657,18 @@ def _standing(connection: Any) -> Standing:
     return Standing.SILENT if cycle is None else Standing.IDLE
 
 
+def _unanswered(connection: Any) -> list[Any]:
+    """The cycles whose response is not yet complete: the last, and those of httptools' that wait before it."""
+    cycles = [getattr(connection, "cycle", None), *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
+    return [cycle for cycle in cycles if cycle is not None and not cycle.response_complete]
+
+
+def _is_accepted(websocket: Any) -> bool:
+    """Whether the app has accepted it, or refused."""
+    completed: asyncio.Event | None = getattr(websocket, "handshake_completed_event", None)
+    return bool(websocket.handshake_complete) if completed is None else completed.is_set()
+
+
 def _more_is_waiting(connection: Any) -> bool:
     """Whether more requests have been read from the connection, or a part of one."""
     if hasattr(connection, "pipeline"):  # httptools
@@ -647,10 +682,8 @@ def _make_last(engine: Engine, connection: Any) -> None:
     if not hasattr(connection, "cycle") or isinstance(connection.server_state, _LastState):
         return
     connection.server_state = state = _LastState(engine, connection)
-    cycles = [connection.cycle, *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
-    for cycle in cycles:
-        if cycle is not None and not cycle.response_complete:
-            cycle.default_headers = state.default_headers
+    for cycle in _unanswered(connection):
+        cycle.default_headers = state.default_headers
 
 
 class _LastState:
@@ -721,7 +754,7 @@ def _let_go_of_timer(connection: Any) -> None:
         cycle.on_response = without_timer
 
 
-def _persuade(cycle: Any) -> None:
+def _persuade(cycle: Any, unread: Callable[[Any], int]) -> None:
     """
     Let `receive()` say `http.disconnect` from now on, after what has come of the request; `send()` works as before.
 
@@ -731,31 +764,49 @@ def _persuade(cycle: Any) -> None:
     if isinstance(cycle.message_event, _Persuasion):
         return
     _quieten(cycle)
-    event = cycle.message_event
-    cycle.message_event = _Persuasion(cycle, undelivered=event.is_set())
+    cycle.message_event = _Persuasion(cycle, unread)
     cycle.__class__ = _persuaded(type(cycle))  # type: ignore[arg-type]
-    event.set()
+    cycle.message_event.wake_up()
 
 
 class _Persuasion:
-    """In place of a cycle's `asyncio.Event`: there is always news, and it is that the client has gone."""
+    """In place of a cycle's `asyncio.Event`: where there is no other news, it is that the client has gone."""
 
-    def __init__(self, cycle: Any, *, undelivered: bool) -> None:
+    def __init__(self, cycle: Any, unread: Callable[[Any], int]) -> None:
         self._cycle = cycle
-        self._undelivered = undelivered
+        self._unread = unread
+        self._event = cycle.message_event
+        """What a handler may be waiting for already."""
+        self._news = cycle.message_event.is_set()
+        self._turns = _TURNS_FOR_A_BODY
+
+    def wake_up(self) -> None:
+        """Wake up whoever is waiting, but for those whom what has arrived will wake."""
+        if self._has_arrived():
+            asyncio.get_running_loop().call_soon(self.wake_up)
+        else:
+            self._event.set()
 
     async def wait(self) -> bool:
+        while self._has_arrived():  # noqa: ASYNC110 (the loop reads it, and has no event for that)
+            await asyncio.sleep(0)
         return True
+
+    def _has_arrived(self) -> bool:
+        """Whether something more of the request's body has arrived, and is about to be read."""
+        self._turns -= 1
+        return self._turns > 0 and not self._news and bool(self._cycle.more_body and self._unread(self._cycle))
+
+    def set(self) -> None:
+        self._news = True
+        self._event.set()
 
     def is_set(self) -> bool:
         return True
 
-    def set(self) -> None:
-        pass
-
     def clear(self) -> None:
-        if self._undelivered:
-            self._undelivered = False
+        if self._news:
+            self._news = False
         else:
             self._cycle.persuading = True
 
@@ -925,7 +976,7 @@ def _descriptor(below: Any) -> int:
 
 # Options that do more than to be remembered: they import, set up logging, read files, call.
 _OF_TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
-_DO_MORE = frozenset({"http", "ws", "log_config", "log_level", *(f"ssl_{name}" for name in _OF_TLS)})
+_DO_MORE = frozenset({"factory", "http", "ws", "log_config", "log_level", *(f"ssl_{name}" for name in _OF_TLS)})
 
 
 def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
@@ -935,19 +986,34 @@ def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
     To make and load one takes half as long as all else in a start, and most servers of a program differ in their apps
     only.
     """
-    copied = _is_plain(app) and _DO_MORE.isdisjoint(options)
+    world = _world()
+    copied = world is not None and _is_plain(app) and _DO_MORE.isdisjoint(options)
     # There are no workers here, so uvicorn need not look for their number in the environment.
     options = {"log_config": None, "workers": 1, **options}
     if copied:
         try:
-            template = _template_for(
-                uvicorn_logger.getEffectiveLevel(), os.environ.get("FORWARDED_ALLOW_IPS"), **options
-            )
+            template = _template_for(world, **options)
         except TypeError:
             template = None  # an option cannot be hashed
         if template is not None:
             return template.copy_for(app)
     return uvicorn.Config(app, **options)
+
+
+def _world() -> tuple[Any, ...] | None:
+    """
+    Return what a Config comes from, once it is loaded, besides the app and the options.
+
+    Returns:
+        None: A server has to be loaded first: that imports the protocols, which takes long enough for a signal to come.
+    """
+    http, ws = sys.modules.get("uvicorn.protocols.http.auto"), sys.modules.get("uvicorn.protocols.websockets.auto")
+    if http is None or ws is None:
+        return None
+    protocols = HTTP_PROTOCOLS["auto"], http.AutoHTTPProtocol, WS_PROTOCOLS["auto"], ws.AutoWebSocketsProtocol
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS")
+    # The level, since uvicorn puts something before the app for "trace"; and who watches over apps may replace load().
+    return uvicorn.Config, uvicorn.Config.load, *protocols, trusted, uvicorn_logger.getEffectiveLevel()
 
 
 def _is_plain(app: Any) -> bool:
@@ -956,8 +1022,9 @@ def _is_plain(app: Any) -> bool:
 
     It takes for a factory what can be called with nothing, and no class for ASGI 3.
     """
-    function, bound = (app, 0) if isinstance(app, types.FunctionType) else (type(app).__call__, 1)
-    if not isinstance(function, types.FunctionType) or isinstance(app, type):
+    # By their very types: a proxy can say that it is of another.
+    function, bound = (app, 0) if type(app) is types.FunctionType else (type(app).__call__, 1)
+    if type(function) is not types.FunctionType or isinstance(app, type):
         return False
     code = function.__code__
     required = code.co_argcount - len(function.__defaults__ or ()) - bound
@@ -983,12 +1050,9 @@ class _Template:
 
 
 @functools.lru_cache(typed=True)
-def _template_for(_level: int, _trusted: str | None, **options: Any) -> _Template | None:
+def _template_for(_world: tuple[Any, ...], **options: Any) -> _Template | None:
     """
     Load a Config with an app that is plain.
-
-    The first two arguments are there to be told apart by: uvicorn looks at its logger's level, whether to put something
-    before the app, and at FORWARDED_ALLOW_IPS.
 
     Returns:
         None: It wraps the app, or it cannot be loaded; then what uvicorn does, and says, is better done by uvicorn.

@@ -35,7 +35,7 @@ CANCELLED_HANDLERS = 1.0
 
 # How many loop turns it takes, at most, until a connection that we accepted, closed or aborted is known, or gone, and
 # until what had arrived on it is read: one for the task that makes it, one for connection_made(), one to look at the
-# socket, one to read it.
+# socket, one to read it. Most handlers have accepted their WebSocket by then.
 SETTLING_TURNS = 4
 
 # How many loop turns a handler gets that has been told of a disconnect, before it is cancelled: for a farewell.
@@ -122,6 +122,8 @@ async def _finish(engine: Engine) -> Forced:
     waiting = engine.waiting
     budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
 
+    if not engine.is_settled():
+        await waiting.turns(SETTLING_TURNS)
     began = loop.time()
 
     def time_left(limit: float | None) -> float | None:
