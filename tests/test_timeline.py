@@ -417,7 +417,7 @@ async def test_who_begins_later_is_told_as_well(how: str, disconnect_after: floa
         assert client.recv(10_000).count(b"farewell") == (3 if how in PIPELINING else 1)
 
 
-@pytest.mark.parametrize("size", [10, 120_000])
+@pytest.mark.parametrize("size", [10, 400_000])
 @pytest.mark.parametrize("reading", [False, True], ids=["not yet in receive()", "in receive()"])
 async def test_a_body_that_has_arrived_is_read_before_the_disconnect(
     size: int, reading: bool, monkeypatch: pytest.MonkeyPatch
@@ -444,12 +444,27 @@ async def test_a_body_that_has_arrived_is_read_before_the_disconnect(
         if reading:
             go_on.set()
             await turns()
-        client.sendall(bytes(size))
+        asyncio.get_running_loop().call_soon(client.sendall, bytes(size))  # when this turn has looked at the sockets
         after(MANY_TURNS, go_on.set)
         await server.aclose()
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
     assert sum(len(message.get("body", b"")) for message in seen) == size
     assert {message["type"] for message in seen} == {"http.request"}
+
+
+async def test_what_arrives_without_an_end_is_not_waited_for_without_an_end() -> None:
+    """However quick its client is."""
+
+    class Cycle:
+        more_body = True
+        persuading = False
+        message_event = asyncio.Event()
+
+    cycle = Cycle()
+    persuasion = _engine._Persuasion(cycle, lambda _: 1)
+    await persuasion.wait()
+    persuasion.clear()
+    assert cycle.persuading
 
 
 async def test_a_body_that_goes_on_and_on_does_not_hold_up_the_stop() -> None:

@@ -340,9 +340,7 @@ class Engine(uvicorn.Server):
     def _is_settled(self, connection: Any) -> bool:
         if not hasattr(connection, "cycle"):
             return _is_accepted(connection)
-        if connection.cycle is None or self._unread(connection):
-            return False
-        return _standing(connection) in (Standing.IDLE, Standing.BUSY)
+        return _standing(connection) in (Standing.IDLE, Standing.BUSY) and not self._unread(connection)
 
     def dismiss(self, *, patient: bool) -> None:
         """
