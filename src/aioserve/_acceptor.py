@@ -89,6 +89,7 @@ class Acceptor:
                 retry.cancel()
         for listener in self._listeners:
             listener.close()
+        self._listeners = ()
 
     async def wait_closed(self) -> None:
         """Return at once: nothing of ours takes time to close."""

@@ -113,7 +113,9 @@ WHERE = ("host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "syst
 _HOST = "127.0.0.1"
 _ON_A_FREE_PORT = functools.partial(on_addresses, _HOST, 0, reuse_port=False)
 _UDS_MODE = 0o600
-_OURS = (*WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "stop_on_signals")
+_OURS = frozenset(
+    {*WHERE, "ssl", "startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "stop_on_signals"}
+)
 
 # Of what uvicorn.Config can say, this makes no sense in somebody else's loop.
 REFUSED = {
