@@ -398,8 +398,17 @@ async def test_who_waits_in_receive_is_told_of_a_disconnect_and_may_say_farewell
 
 @pytest.mark.parametrize("disconnect_after", [0, MOMENT])
 @pytest.mark.parametrize("how", ["in the queue", "in two parts", *PIPELINING])
-async def test_who_begins_later_is_told_as_well(how: str, disconnect_after: float) -> None:
+async def test_who_begins_later_is_told_as_well(
+    how: str, disconnect_after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or an endless stream whose request was on its way when the stop was asked for would hold it up for ever."""
+    told, persuade = asyncio.Event(), _engine.Engine.persuade
+
+    def persuade_and_say_so(engine: _engine.Engine) -> None:
+        persuade(engine)
+        told.set()
+
+    monkeypatch.setattr(_engine.Engine, "persuade", persuade_and_say_so)
     http = how if how in PIPELINING else "auto"
     server = await start(farewell, disconnect_after=disconnect_after, shutdown_timeout=None, http=http)
     request = REQUEST % b"/"
@@ -411,7 +420,7 @@ async def test_who_begins_later_is_told_as_well(how: str, disconnect_after: floa
             await turns()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.aclose())
-            await asyncio.sleep(2 * disconnect_after)
+            await told.wait()
             await turns()
             client.sendall(rest)
         assert client.recv(10_000).count(b"farewell") == (3 if how in PIPELINING else 1)

@@ -73,7 +73,8 @@ async def in_turn(
     for number in range(-warm_up, rounds):
         for name in names if number % 2 else reversed(names):
             step = (every or {}).get(name, 1)
-            if number % step if number >= 0 else (step > 1 and number != -1):
+            due = number % step == 0 if number >= 0 else step == 1 or number == -1
+            if not due:
                 continue
             figure = await ways[name]()
             if number >= 0:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -104,6 +103,7 @@ def sketch() -> Start:
 
     It has not one error path, and no HTTP.
     """
+    from aioserve._waiting import begin
 
     async def serve(port: asyncio.Future[int], ask: asyncio.Future[None], closed: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -130,11 +130,6 @@ def sketch() -> Start:
         stopping.set_result(None)
         await lifespan
         closed.set()
-
-    def begin(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        if sys.version_info < (3, 12):
-            return asyncio.create_task(coroutine)
-        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
 
     async def start() -> Running:
         loop = asyncio.get_running_loop()

@@ -381,6 +381,7 @@ class Engine(uvicorn.Server):
     def persuade(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone; they may still send."""
         self._persuading = True
+        # A connection of httptools' knows the requests that wait behind the one in flight; that one, only its task.
         for task in list(self.server_state.tasks):
             cycle = _runs_for(task)
             if hasattr(cycle, "message_event") and not cycle.response_complete:
@@ -984,11 +985,10 @@ def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
     To make and load one takes half as long as all else in a start, and most servers of a program differ in their apps
     only.
     """
-    world = _world()
-    copied = world is not None and _is_plain(app) and _DO_MORE.isdisjoint(options)
+    world = _world() if _is_plain(app) and _DO_MORE.isdisjoint(options) else None
     # There are no workers here, so uvicorn need not look for their number in the environment.
     options = {"log_config": None, "workers": 1, **options}
-    if copied:
+    if world is not None:
         try:
             template = _template_for(world, **options)
         except TypeError:
