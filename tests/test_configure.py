@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, MutableMapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,8 @@ def test_every_option_is_tried() -> None:
 @pytest.mark.parametrize("name", APPS)
 def test_what_can_be_copied_is(name: str) -> None:
     """Or each start would take a half longer."""
+    for kind in ("http", "websockets"):
+        import_module(f"uvicorn.protocols.{kind}.auto")  # as the first server does, if the run has not chosen another
     by_us(without_lifespan, {})
     assert configure(APPS[name], {}).loaded is (name in COPIED)
 
