@@ -28,7 +28,6 @@ what they accept; the shutdown; and no signal handlers at all.
 from __future__ import annotations
 
 import asyncio
-import enum
 import errno
 import fcntl
 import functools
@@ -44,7 +43,7 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import anyio
 import uvicorn
@@ -57,7 +56,6 @@ from aioserve._acceptor import Acceptor
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError
 from aioserve._lifespan import Lifespan, describe
 from aioserve._shutdown import HeldUp, Report, shut_down
-from aioserve._systemd import notify
 from aioserve._waiting import Waiting
 
 if TYPE_CHECKING:
@@ -78,17 +76,15 @@ _LEFT_UNFINISHED = tuple(f"ASGI callable returned without {what} response." for 
 _TURNS_FOR_A_BODY = 100
 
 
-class Standing(enum.Enum):
-    """What a connection that is to be closed is still owed."""
+Standing: TypeAlias = Literal["busy", "arriving", "silent", "idle"]
+"""
+What a connection that is to be closed is still owed:
 
-    BUSY = enum.auto()
-    """An answer: a request is being handled."""
-    ARRIVING = enum.auto()
-    """The rest of a request, and its answer: a part of it has come."""
-    SILENT = enum.auto()
-    """A first request, for a moment: it may be on its way."""
-    IDLE = enum.auto()
-    """Nothing."""
+    busy        an answer: a request is being handled
+    arriving    the rest of a request, and its answer: a part of it has come
+    silent      a first request, for a moment: it may be on its way
+    idle        nothing
+"""
 
 
 class Engine(uvicorn.Server):
@@ -272,6 +268,8 @@ class Engine(uvicorn.Server):
 
     def _tell_systemd(self, state: str) -> None:
         if state in self.settings.notify_systemd:
+            from aioserve._systemd import notify  # which is there, since we listen on what systemd has handed down
+
             notify(state)
 
     # Being asked to close.
@@ -340,7 +338,7 @@ class Engine(uvicorn.Server):
     def _is_settled(self, connection: Any) -> bool:
         if not hasattr(connection, "cycle"):
             return _is_accepted(connection)
-        return _standing(connection) in (Standing.IDLE, Standing.BUSY) and not self._unread(connection)
+        return _standing(connection) in ("idle", "busy") and not self._unread(connection)
 
     def dismiss(self, *, patient: bool) -> None:
         """
@@ -367,7 +365,7 @@ class Engine(uvicorn.Server):
         """Whether nothing has been read from it that shows for a request; what is not yet read may be one, or none."""
         if not hasattr(connection, "cycle") or connection.cycle is not None:
             return False
-        return self._standing(connection) is Standing.SILENT or bool(self._unread(connection))
+        return self._standing(connection) == "silent" or bool(self._unread(connection))
 
     def is_quiet(self) -> bool:
         """Whether no connection and no handler is left."""
@@ -453,13 +451,13 @@ class Engine(uvicorn.Server):
             return
         if not connection.transport.is_closing():
             standing = self._standing(connection)
-            if standing is Standing.BUSY and self._persuading:
+            if standing == "busy" and self._persuading:
                 self._persuade(connection)
             if self._may_be_silent(connection):
                 self._silent.add(connection)
-            if standing is Standing.ARRIVING and self._unread(connection):
+            if standing == "arriving" and self._unread(connection):
                 self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
-            if standing is Standing.IDLE or (standing is Standing.SILENT and not self._patient):
+            if standing == "idle" or (standing == "silent" and not self._patient):
                 try:
                     connection.shutdown()
                 except Exception:  # noqa: BLE001
@@ -469,11 +467,11 @@ class Engine(uvicorn.Server):
 
     def _standing(self, connection: Any) -> Standing:
         standing = _standing(connection)
-        if standing is Standing.BUSY or not hasattr(connection, "cycle"):
+        if standing == "busy" or not hasattr(connection, "cycle"):
             return standing
         # The rest of a body whose request has its answer is no reason to wait.
         rest_of_a_body = connection.cycle is not None and connection.cycle.more_body
-        return Standing.ARRIVING if not rest_of_a_body and self._unread(connection) else standing
+        return "arriving" if not rest_of_a_body and self._unread(connection) else standing
 
     def _unread(self, connection: Any) -> int:
         """How much has come on a connection, or on that of a cycle, and is not yet read."""
@@ -639,10 +637,10 @@ def _create_protocol(settings: Settings, server_state: ServerState, lifespan: Li
 
 def _standing(connection: Any) -> Standing:
     if not hasattr(connection, "cycle"):
-        return Standing.IDLE  # a WebSocket can be told to come again at any time
+        return "idle"  # a WebSocket can be told to come again at any time
     cycle = connection.cycle
     if cycle is not None and not cycle.response_complete:
-        return Standing.BUSY
+        return "busy"
 
     scope = None if cycle is None else cycle.scope
     if hasattr(connection, "pipeline"):  # httptools
@@ -652,8 +650,8 @@ def _standing(connection: Any) -> Standing:
     else:  # zttp does not tell of a first request
         arriving = cycle is not None and connection.timeout_keep_alive_task is None
     if arriving:
-        return Standing.ARRIVING
-    return Standing.SILENT if cycle is None else Standing.IDLE
+        return "arriving"
+    return "silent" if cycle is None else "idle"
 
 
 def _unanswered(connection: Any) -> list[Any]:

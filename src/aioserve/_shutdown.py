@@ -14,7 +14,7 @@ So a request that had reached this machine is answered, and nobody waits who is 
 (a task that ended, a connection that is gone), and every wait is bounded. With nothing in flight no timer is made.
 """
 
-from __future__ import annotations
+# No annotations from the future: a NamedTuple compiles each, if it is a string.
 
 import asyncio
 import logging
@@ -87,7 +87,7 @@ def longest(drain_delay: float, shutdown_timeout: float, grace: float) -> float:
     return drain_delay + shutdown_timeout + CANCELLED_HANDLERS + max(shutdown_timeout, grace) + grace
 
 
-async def shut_down(engine: Engine) -> None:
+async def shut_down(engine: "Engine") -> None:
     loop = asyncio.get_running_loop()
     settings = engine.settings
     asked = loop.time() if engine.asked_at is None else engine.asked_at
@@ -111,7 +111,7 @@ async def shut_down(engine: Engine) -> None:
     engine.report = Report(loop.time() - asked, *forced, engine.lifespan.stuck)
 
 
-async def _finish(engine: Engine) -> Forced:
+async def _finish(engine: "Engine") -> Forced:
     """
     Finish with the connections and requests that there are; by force, when their time is over.
 

@@ -19,7 +19,8 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
-from aioserve import _systemd, _unix
+if TYPE_CHECKING:
+    from aioserve._unix import Place
 
 Host: TypeAlias = str | Sequence[str] | None
 
@@ -50,7 +51,7 @@ class Listener:
         place: What it has in the file system, to be removed at the end.
     """
 
-    def __init__(self, sock: socket.socket, *, lent: bool = False, place: _unix.Place | None = None) -> None:
+    def __init__(self, sock: socket.socket, *, lent: bool = False, place: Place | None = None) -> None:
         self.socket = sock
         self.lent = lent
         self._place = place
@@ -133,7 +134,9 @@ async def on_addresses(host: Host, port: int, *, reuse_port: bool = False, backl
 
 async def at_path(path: str, mode: int, *, backlog: int) -> list[Listener]:
     """Listen at a path, with a mode for the file there."""
-    sock, place = await _unix.listen(path, mode, backlog=backlog)
+    from aioserve._unix import listen  # for those who need it only
+
+    sock, place = await listen(path, mode, backlog=backlog)
     return [Listener(sock, place=place)]
 
 
@@ -163,6 +166,8 @@ async def on_systemds(name: str | None, otherwise: Listen | None, *, backlog: in
         otherwise: Where to listen if it hands down nothing.
         backlog: As in `Listen`.
     """
+    from aioserve import _systemd  # for those who need it only
+
     descriptors = _systemd.listen_fds(name)
     if descriptors:
         return await on_descriptors(descriptors, backlog=backlog)
