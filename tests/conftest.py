@@ -19,6 +19,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _lifespan, _shutdown
 from aioserve.testing import assert_nothing_left
+from tests import walk
 
 # For programs that are run as such; pyproject.toml says the same to pytest.
 WARNINGS_ARE_ERRORS = [
@@ -53,10 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--integration", action="store_true", help="run the tests that need more than Python and pip")
     parser.addoption("--http", choices=list(HTTP_PROTOCOLS), default="auto", help='what uvicorn takes for http="auto"')
     parser.addoption("--ws", choices=list(WS_PROTOCOLS), default="auto", help='what uvicorn takes for ws="auto"')
+    parser.addoption("--every", type=int, default=1, metavar="N", help="walk through each Nth turn only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make uvicorn choose what was chosen here."""
+    """Make uvicorn choose what was chosen here, and the walks take as long steps."""
+    walk.every = config.getoption("--every")
     for option, protocols in (("--http", HTTP_PROTOCOLS), ("--ws", WS_PROTOCOLS)):
         chosen: dict[str, str | None] = dict(protocols)
         protocols["auto"] = chosen[config.getoption(option)]  # type: ignore[assignment]
@@ -90,6 +93,12 @@ def pytest_collection_finish() -> None:
     And let uvloop have the two pipes that it keeps from its first loop on.
     """
     uvloop.new_event_loop().close()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Spare them also what a test has imported, or put into a cache; this takes a third from the whole run."""
     gc.collect()
     gc.freeze()
 

@@ -140,12 +140,16 @@ async def test_the_lifespan_dies_and_the_block_is_cancelled(
     record_property("points", await walk(partial(Run, door), die))
 
 
-@pytest.mark.parametrize("error", [None, SystemExit(7), KeyboardInterrupt()], ids=repr)
-async def test_the_lifespan_raises(door: str, error: BaseException | None, record_property: Record) -> None:
+@pytest.mark.parametrize(
+    "make_error",
+    [LookupError, partial(SystemExit, 7), KeyboardInterrupt],
+    ids=["an error", "SystemExit", "KeyboardInterrupt"],
+)
+async def test_the_lifespan_raises(door: str, make_error: Callable[[], BaseException], record_property: Record) -> None:
     """Wherever it does, its own exception is the cause of ours; also one that would end the program."""
 
     async def die(run: Run, turn: int) -> bool:
-        run.app.error = error or run.app.error
+        run.app.error = make_error()
         return await undisturbed(
             run, turn, run.app.raise_now, lambda failed: isinstance(failed, OURS) and failed.__cause__ is run.app.error
         )

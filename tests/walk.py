@@ -3,7 +3,7 @@ The cancellation walk: one run of start, a request and stop, interrupted at each
 
 A walk takes a run from its beginning and does something to it in turn 0, then to a new one in turn 1, and so on, until
 a run is over before its turn comes. Each of these points is looked at afterwards: what came out of it, whether the
-task counts a cancellation that is none, and whether anything is left.
+task counts a cancellation that is none, and whether anything is left. With `--every 5`, each fifth turn is tried.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from aioserve import Server, serve, serving, start
 from tests.apps import App, Receive, Scope, Send
 from tests.clients import connect
 from tests.turns import after
+
+# From how many turns one is tried; the option sets it.
+every = 1
 
 # How many turns it takes, at most, until the clients' own transports have closed behind a run.
 SETTLING_TURNS = 20
@@ -191,7 +194,7 @@ Interruption: TypeAlias = Callable[[Run, int], Awaitable[bool]]
 async def walk(make: Callable[[], Run], interrupt: Interruption) -> int:
     """Interrupt one run after the other, each a turn later, until one is over before; return how many points it was."""
     await make().block()  # uvloop opens some descriptors of its own when it first needs them
-    for turn in itertools.count():
+    for points, turn in enumerate(itertools.count(step=every)):
         before = what_lives()
         run = make()
         interrupted = await interrupt(run, turn)
@@ -199,7 +202,7 @@ async def walk(make: Callable[[], Run], interrupt: Interruption) -> int:
         await run.visited()
         await settle(before)
         if not interrupted:
-            return turn
+            return points
     raise AssertionError
 
 
