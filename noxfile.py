@@ -3,7 +3,7 @@ Everything that is checked, each in an environment of its own: `nox --list` says
 
     nox -s lint types
     nox -s tests-3.13 -- tests/test_shutdown.py
-    nox -s "loops(debug)"
+    nox -s variants
 
 What follows `--` goes to pytest. What names no Python runs on the one that runs nox.
 """
@@ -36,22 +36,32 @@ def oldest() -> list[str]:
     return [dependency.replace(">=", "==") + ".*" for dependency in project["dependencies"]]
 
 
-# Tests that run whole programs, which choose their loops and protocols by themselves: they need not be run for each.
-PROGRAMS = [
+# Tests that run whole programs, which choose their loops and protocols by themselves: they need not be run with each.
+WITHOUT_PROGRAMS = [
     f"--ignore=tests/test_{name}.py"
     for name in ("command_line", "demo", "process", "pytest_plugin", "readme", "signals")
 ]
 
+# What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols.
+VARIANTS = [
+    ["--loop", "debug"],
+    ["--loop", "asyncio", "--http", "h11", "--ws", "websockets"],
+    ["--loop", "asyncio", "--http", "httptools", "--ws", "websockets-sansio"],
+    ["--loop", "asyncio", "--http", "zttp", "--ws", "wsproto"],
+]
+if sys.version_info >= (3, 12):
+    VARIANTS.append(["--loop", "eager"])
+
 
 def run_suite(session: nox.Session, *options: str) -> None:
-    """Run the suite; say first on what, and at last what took long."""
+    """Run the suite; say first on what, and at last what took long. The README's command walks through every turn."""
     session.run(
         "python",
         "-c",
         "import platform; from importlib.metadata import version as v; "
         "print('uvicorn', v('uvicorn'), 'anyio', v('anyio'), 'python', platform.python_version(), flush=True)",
     )
-    session.run("python", "-m", "pytest", "-n", "2", "--durations", "10", *options, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "2", "--every", "5", "--durations", "10", *options, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
@@ -59,36 +69,23 @@ def run_suite(session: nox.Session, *options: str) -> None:
 def tests(session: nox.Session, dependencies: str) -> None:
     """The suite, on each Python, with the newest uvicorn and anyio and with the oldest."""
     session.install(*(oldest() if dependencies == "oldest" else NEWEST), "-e", ".[test]")
-    run_suite(session)
+    # With the newest, programs are run by the README's command and on the wheel.
+    run_suite(session, *([] if (session.python, dependencies) == (PYTHONS[0], "oldest") else WITHOUT_PROGRAMS))
 
 
 @nox.session
-@nox.parametrize("loop", ["debug", "eager"], ids=["debug", "eager"])
-def loops(session: nox.Session, loop: str) -> None:
-    """The suite on asyncio's debug mode, and with eager tasks."""
-    if loop == "eager" and sys.version_info < (3, 12):
-        session.skip("eager tasks came with Python 3.12")
+def variants(session: nox.Session) -> None:
+    """The suite on what else there is, one after the other."""
     session.install(*NEWEST, "-e", ".[test]")
-    run_suite(session, "--loop", loop, *PROGRAMS)
-
-
-@nox.session
-@nox.parametrize(
-    ("http", "ws"),
-    [("h11", "websockets"), ("httptools", "websockets-sansio"), ("zttp", "wsproto")],
-    ids=["h11", "httptools", "zttp"],
-)
-def protocols(session: nox.Session, http: str, ws: str) -> None:
-    """The suite on each of uvicorn's implementations of HTTP and WebSockets."""
-    session.install(*NEWEST, "-e", ".[test]")
-    run_suite(session, "--http", http, "--ws", ws, "--loop", "asyncio", *PROGRAMS)
+    for options in VARIANTS:
+        run_suite(session, *options, *WITHOUT_PROGRAMS)
 
 
 @nox.session
 def integration(session: nox.Session) -> None:
     """What needs programs that pip does not install; `.ci/run` does."""
     session.install(*NEWEST, "-e", ".[integration]")
-    session.run("python", "-m", "pytest", "--integration", "tests/integration", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "2", "--integration", "tests/integration", *session.posargs)
 
 
 @nox.session
@@ -131,7 +128,7 @@ def wheel(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Whether the benchmarks run; what they measure takes more rounds."""
     session.install(*NEWEST, ".[bench]")
-    session.run("python", "benchmarks/all.py", "--rounds", "5")
+    session.run("python", "benchmarks/all.py", "--rounds", "2")
 
 
 @nox.session
