@@ -648,7 +648,7 @@ def _standing(connection: Any) -> Standing:
     elif hasattr(connection.conn, "trailing_data"):  # h11
         arriving = bool(connection.conn.trailing_data[0])
     else:  # zttp does not tell of a first request
-        arriving = cycle is not None and connection.timeout_keep_alive_task is None
+        arriving = cycle is not None and not cycle.more_body and connection.timeout_keep_alive_task is None
     if arriving:
         return "arriving"
     return "silent" if cycle is None else "idle"
