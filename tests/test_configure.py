@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, MutableMapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +210,22 @@ def test_every_option_is_tried() -> None:
 @pytest.mark.parametrize("name", APPS)
 def test_what_can_be_copied_is(name: str) -> None:
     """Or each start would take a half longer."""
-    for kind in ("http", "websockets"):
-        import_module(f"uvicorn.protocols.{kind}.auto")  # as the first server does, if the run has not chosen another
     by_us(without_lifespan, {})
     assert configure(APPS[name], {}).loaded is (name in COPIED)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of some of the protocols
+@pytest.mark.parametrize(
+    ("option", "names"), [("http", {*HTTP_PROTOCOLS} - {"auto"}), ("ws", {*WS_PROTOCOLS} - {"auto"})]
+)
+def test_a_protocol_of_uvicorns_can_be_copied_as_well(option: str, names: set[str]) -> None:
+    """And each is kept apart."""
+    for name in names:
+        by_us(without_lifespan, {option: name})
+    for name in names:
+        config = configure(without_lifespan, {option: name})
+        assert config.loaded
+        assert told(config) == told(by_uvicorn(without_lifespan, {option: name}))
 
 
 @pytest.mark.parametrize("app", [needs_nothing, NeedsNothing()], ids=["function", "instance"])

@@ -973,7 +973,7 @@ def _descriptor(below: Any) -> int:
 
 # Options that do more than to be remembered: they import, set up logging, read files, call.
 _OF_TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
-_DO_MORE = frozenset({"factory", "http", "ws", "log_config", "log_level", *(f"ssl_{name}" for name in _OF_TLS)})
+_DO_MORE = frozenset({"factory", "log_config", "log_level", *(f"ssl_{name}" for name in _OF_TLS)})
 
 
 def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
@@ -983,7 +983,7 @@ def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
     To make and load one takes half as long as all else in a start, and most servers of a program differ in their apps
     only.
     """
-    world = _world() if _is_plain(app) and _DO_MORE.isdisjoint(options) else None
+    world = _world(options) if _is_plain(app) and _DO_MORE.isdisjoint(options) else None
     # There are no workers here, so uvicorn need not look for their number in the environment.
     options = {"log_config": None, "workers": 1, **options}
     if world is not None:
@@ -996,20 +996,25 @@ def configure(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
     return uvicorn.Config(app, **options)
 
 
-def _world() -> tuple[Any, ...] | None:
+def _world(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """
     Return what a Config comes from, once it is loaded, besides the app and the options.
 
     Returns:
-        None: A server has to be loaded first: that imports the protocols, which takes long enough for a signal to come.
+        None: A protocol is the program's own; or a server has to be loaded first: that imports the protocols, which
+            takes long enough for a signal to come.
     """
-    http, ws = sys.modules.get("uvicorn.protocols.http.auto"), sys.modules.get("uvicorn.protocols.websockets.auto")
-    if http is None or ws is None:
-        return None
-    protocols = HTTP_PROTOCOLS["auto"], http.AutoHTTPProtocol, WS_PROTOCOLS["auto"], ws.AutoWebSocketsProtocol
+    chosen = []
+    for option, protocols in (("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS)):
+        where = protocols.get(options.get(option, "auto"), "")
+        if where is not None:  # as of "none"
+            name, _, attribute = where.partition(":")
+            if name not in sys.modules:
+                return None
+            chosen.append(getattr(sys.modules[name], attribute, None))
     trusted = os.environ.get("FORWARDED_ALLOW_IPS")
     # The level, since uvicorn puts something before the app for "trace"; and who watches over apps may replace load().
-    return uvicorn.Config, uvicorn.Config.load, *protocols, trusted, uvicorn_logger.getEffectiveLevel()
+    return uvicorn.Config, uvicorn.Config.load, *chosen, trusted, uvicorn_logger.getEffectiveLevel()
 
 
 def _is_plain(app: Any) -> bool:
