@@ -183,6 +183,28 @@ async def test_a_bug_of_ours_takes_down_neither_the_program_nor_the_port(monkeyp
         await asyncio.open_connection(server.host, server.port)
 
 
+async def test_a_bug_of_ours_in_asking_for_a_stop_is_told_to_who_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks is not disturbed, and all is ended as always."""
+
+    def broken(engine: Any) -> None:
+        raise ZeroDivisionError
+
+    app = App()
+    server = await start(app)
+    async with connect(server) as connection:
+        connection.ask("/hold")
+        await app.holding.wait()
+        monkeypatch.setattr(_engine, "begin_to_stop", broken)
+        server.close()
+        app.release.set()
+        assert (await connection.rest()).endswith(b"hello")
+        with pytest.raises(ServerCrashedError, match="could not begin to stop: ZeroDivisionError"):
+            await server.aclose()
+    assert app.events[-2:] == ["shutdown", "lifespan over"]
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(server.host, server.port)
+
+
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 @pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
 async def test_each_protocol_finishes_and_lets_go(http: Any, ws: Any) -> None:

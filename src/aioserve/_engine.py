@@ -55,7 +55,7 @@ from uvicorn.server import ServerState
 from aioserve._acceptor import Acceptor
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError
 from aioserve._lifespan import Lifespan, describe
-from aioserve._shutdown import HeldUp, Report, shut_down
+from aioserve._shutdown import HeldUp, Report, begin_to_stop, shut_down
 from aioserve._waiting import Waiting
 
 if TYPE_CHECKING:
@@ -281,8 +281,12 @@ class Engine(uvicorn.Server):
         if self._loop.is_closed():
             return  # and so is the server
         if threading.get_ident() == self._thread:
-            self._close(deadline)
-            if asyncio.current_task(self._loop) is not None:
+            task = asyncio.current_task(self._loop)
+            # A protocol's own call is no place to close it. A handler can be within one, and so can any other task,
+            # where tasks are begun as the program likes: eagerly.
+            at_once = task is not None and not self.is_ours(task) and self._loop.get_task_factory() is None
+            self._close(deadline, at_once=at_once)
+            if task is not None:
                 return
             # A signal handler, perhaps, which has interrupted the loop in its sleep: it has to be woken up.
         try:
@@ -290,16 +294,19 @@ class Engine(uvicorn.Server):
         except RuntimeError:
             pass  # its loop has been closed just now
 
-    def _close(self, deadline: float | None) -> None:
+    def _close(self, deadline: float | None, *, at_once: bool = False) -> None:
         if self.closed.is_set():
             return
         if self.asked_at is None:
             self.asked_at = self._loop.time()
             self._say_that_it_stops()
             self._tell_systemd("STOPPING=1")
+            if at_once:
+                self._begin_to_stop()
             # From here on, every HTTP/1 response says that it is the last of its connection.
             for connection in list(self.server_state.connections):
-                _make_last(self, connection)
+                if not connection.transport.is_closing():
+                    _make_last(self, connection)
         self.waiting.notify()
         if deadline is None:
             return
@@ -310,6 +317,12 @@ class Engine(uvicorn.Server):
             if self._deadline is not None:
                 self._deadline.cancel()
             self._deadline = self._loop.call_at(deadline, self._run_out_of_time)
+
+    def _begin_to_stop(self) -> None:
+        try:
+            begin_to_stop(self)
+        except Exception as exc:  # noqa: BLE001 (whoever asks for a stop is not to hear of it; who waits for the end is)
+            self._fail("it could not begin to stop", exc)
 
     @property
     def stopping(self) -> anyio.Event:
@@ -340,19 +353,20 @@ class Engine(uvicorn.Server):
             return _is_accepted(connection)
         return _standing(connection) in ("idle", "busy") and not self._unread(connection)
 
-    def dismiss(self, *, patient: bool) -> None:
+    def dismiss(self, *, patient: bool, settled: bool = False) -> None:
         """
         Close the connections that are owed nothing, WebSockets with 1012, and each other one as soon as it is.
 
         Args:
             patient: Whether a connection that has never sent anything is still owed a first request.
+            settled: Whether it is known that all that has arrived is read, so that nobody needs to ask the kernel.
         """
         self._leaving = True
         self._patient = patient
         if not patient:
             self.acceptor.give_up()
         for connection in list(self.server_state.connections):
-            self._dismiss(connection)
+            self._dismiss(connection, settled=settled)
 
     def nobody_is_silent(self) -> bool:
         """Whether no connection is left that is owed a first request."""
@@ -372,6 +386,12 @@ class Engine(uvicorn.Server):
         if self.server_state.connections or self.acceptor.making:
             return False
         return not self._handlers()
+
+    def is_left_alone(self) -> bool:
+        """Whether no handler is left, and each connection is closing: so the app has nothing more to do with it."""
+        if self.acceptor.making or self._handlers():
+            return False
+        return all(connection.transport.is_closing() for connection in self.server_state.connections)
 
     def has_handlers(self) -> bool:
         return bool(self._handlers())
@@ -446,11 +466,11 @@ class Engine(uvicorn.Server):
             self._loop.call_soon(self._dismiss, connection)
             self.waiting.notify()
 
-    def _dismiss(self, connection: Any) -> None:
+    def _dismiss(self, connection: Any, *, settled: bool = False) -> None:
         if connection not in self.server_state.connections:
             return
         if not connection.transport.is_closing():
-            standing = self._standing(connection)
+            standing = _standing(connection) if settled else self._standing(connection)
             if standing == "busy" and self._persuading:
                 self._persuade(connection)
             if self._may_be_silent(connection):

@@ -59,6 +59,7 @@ class Lifespan:
         self._started = False  # it has sent startup.complete
         self._failure: str | None = None  # the message of its startup.failed or shutdown.failed
         self._shutdown = asyncio.Event()
+        self._listens = False  # it has begun to wait for lifespan.shutdown
         self._told = False  # it has taken lifespan.shutdown
         self._spent = False  # it asks for more, and there is no more
         self._abandoned = False  # we have cancelled it
@@ -104,6 +105,11 @@ class Lifespan:
                 logger.info("the app does without a lifespan: %r", self.error)
                 return
             raise StartupError(_describe("failed to start", self.error)) from self.error
+
+    def tell(self) -> None:
+        """Tell the app to shut down, if it waits for that already; `shutdown()` tells it in any case."""
+        if self._listens:
+            self._shutdown.set()
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """
@@ -178,6 +184,7 @@ class Lifespan:
             self._waiting.notify()
             await asyncio.Event().wait()
 
+        self._listens = True
         try:
             await self._shutdown.wait()
         except asyncio.CancelledError:

@@ -87,6 +87,22 @@ def longest(drain_delay: float, shutdown_timeout: float, grace: float) -> float:
     return drain_delay + shutdown_timeout + CANCELLED_HANDLERS + max(shutdown_timeout, grace) + grace
 
 
+def begin_to_stop(engine: "Engine") -> None:
+    """
+    Do what needs no waiting, in the very step that asks for the stop; `shut_down()` goes on from there.
+
+    So a server with nothing to do has closed two loop turns later, where it would take six.
+    """
+    if engine.settings.drain_delay or not engine.started or engine.crashed:
+        return
+    engine.acceptor.close()
+    if not engine.is_settled():
+        return
+    engine.dismiss(patient=True, settled=True)
+    if engine.is_left_alone():
+        engine.lifespan.tell()
+
+
 async def shut_down(engine: "Engine") -> None:
     loop = asyncio.get_running_loop()
     settings = engine.settings
@@ -122,7 +138,8 @@ async def _finish(engine: "Engine") -> Forced:
     waiting = engine.waiting
     budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
 
-    if not engine.is_settled():
+    settled = engine.is_settled()
+    if not settled:
         await waiting.turns(SETTLING_TURNS)
     began = loop.time()
 
@@ -133,7 +150,7 @@ async def _finish(engine: "Engine") -> Forced:
         return engine.is_quiet() or engine.out_of_time
 
     # Owe, and finish.
-    engine.dismiss(patient=True)
+    engine.dismiss(patient=True, settled=settled)
     if not engine.nobody_is_silent():
         grace = FIRST_REQUEST if budget is None else min(FIRST_REQUEST, budget)
         await waiting.wait_for(lambda: engine.nobody_is_silent() or engine.out_of_time, grace)
