@@ -353,20 +353,30 @@ class Engine(uvicorn.Server):
             return _is_accepted(connection)
         return _standing(connection) in ("idle", "busy") and not self._unread(connection)
 
-    def dismiss(self, *, patient: bool, settled: bool = False) -> None:
+    def dismiss_idle(self) -> None:
+        """Close the connections that are plainly owed nothing, and leave the others as they are."""
+        for connection in list(self.server_state.connections):
+            if not connection.transport.is_closing() and self._is_idle(connection):
+                self._say_goodbye(connection)
+
+    def _is_idle(self, connection: Any) -> bool:
+        if not hasattr(connection, "cycle"):
+            return _is_accepted(connection)
+        return _standing(connection) == "idle" and not self._unread(connection)
+
+    def dismiss(self, *, patient: bool) -> None:
         """
         Close the connections that are owed nothing, WebSockets with 1012, and each other one as soon as it is.
 
         Args:
             patient: Whether a connection that has never sent anything is still owed a first request.
-            settled: Whether it is known that all that has arrived is read, so that nobody needs to ask the kernel.
         """
         self._leaving = True
         self._patient = patient
         if not patient:
             self.acceptor.give_up()
         for connection in list(self.server_state.connections):
-            self._dismiss(connection, settled=settled)
+            self._dismiss(connection)
 
     def nobody_is_silent(self) -> bool:
         """Whether no connection is left that is owed a first request."""
@@ -466,11 +476,11 @@ class Engine(uvicorn.Server):
             self._loop.call_soon(self._dismiss, connection)
             self.waiting.notify()
 
-    def _dismiss(self, connection: Any, *, settled: bool = False) -> None:
+    def _dismiss(self, connection: Any) -> None:
         if connection not in self.server_state.connections:
             return
         if not connection.transport.is_closing():
-            standing = _standing(connection) if settled else self._standing(connection)
+            standing = self._standing(connection)
             if standing == "busy" and self._persuading:
                 self._persuade(connection)
             if self._may_be_silent(connection):
@@ -478,11 +488,16 @@ class Engine(uvicorn.Server):
             if standing == "arriving" and self._unread(connection):
                 self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
             if standing == "idle" or (standing == "silent" and not self._patient):
-                try:
-                    connection.shutdown()
-                except Exception:  # noqa: BLE001
-                    # The protocol is in no state to say goodbye, as h11 after a request that was none.
-                    connection.transport.abort()
+                self._say_goodbye(connection)
+                return
+        self._see_off(connection)
+
+    def _say_goodbye(self, connection: Any) -> None:
+        try:
+            connection.shutdown()
+        except Exception:  # noqa: BLE001
+            # The protocol is in no state to say so, as h11 after a request that was none.
+            connection.transport.abort()
         self._see_off(connection)
 
     def _standing(self, connection: Any) -> Standing:

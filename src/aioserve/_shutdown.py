@@ -91,14 +91,12 @@ def begin_to_stop(engine: "Engine") -> None:
     """
     Do what needs no waiting, in the very step that asks for the stop; `shut_down()` goes on from there.
 
-    So a server with nothing to do has closed two loop turns later, where it would take six.
+    So a server with nothing left to do has closed two turns of the loop later, and not four.
     """
     if engine.settings.drain_delay or not engine.started or engine.crashed:
         return
     engine.acceptor.close()
-    if not engine.is_settled():
-        return
-    engine.dismiss(patient=True, settled=True)
+    engine.dismiss_idle()
     if engine.is_left_alone():
         engine.lifespan.tell()
 
@@ -138,8 +136,7 @@ async def _finish(engine: "Engine") -> Forced:
     waiting = engine.waiting
     budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
 
-    settled = engine.is_settled()
-    if not settled:
+    if not engine.is_settled():
         await waiting.turns(SETTLING_TURNS)
     began = loop.time()
 
@@ -150,7 +147,7 @@ async def _finish(engine: "Engine") -> Forced:
         return engine.is_quiet() or engine.out_of_time
 
     # Owe, and finish.
-    engine.dismiss(patient=True, settled=settled)
+    engine.dismiss(patient=True)
     if not engine.nobody_is_silent():
         grace = FIRST_REQUEST if budget is None else min(FIRST_REQUEST, budget)
         await waiting.wait_for(lambda: engine.nobody_is_silent() or engine.out_of_time, grace)
