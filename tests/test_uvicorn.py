@@ -183,6 +183,7 @@ async def test_a_bug_of_ours_takes_down_neither_the_program_nor_the_port(monkeyp
         await asyncio.open_connection(server.host, server.port)
 
 
+@pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])  # on others, the server's own task does it
 async def test_a_bug_of_ours_in_asking_for_a_stop_is_told_to_who_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What asks is not disturbed, and all is ended as always."""
 
