@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import errno
 import logging
 import socket
@@ -73,6 +74,58 @@ def answers(clients: list[socket.socket]) -> int:
 
 
 # What had arrived is answered.
+
+
+CONTEXT = contextvars.ContextVar("CONTEXT", default="the server's")
+
+
+async def test_what_waits_in_the_queue_is_answered_in_the_servers_context() -> None:
+    """And not in that of whoever asks for the stop, with the ids and spans that are in it."""
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        seen.append(CONTEXT.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    server = await start(app)
+    with burst(server) as clients:
+        CONTEXT.set("the caller's")
+        await server.aclose()
+        assert answers(clients) == BURST
+    assert {*seen} == {"the server's"}
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("wait", range(4))
+async def test_what_waits_behind_a_body_that_nobody_read_is_answered_over_tls(http: str, wait: int, tls: Any) -> None:
+    """Reading is paused by the body, and what comes behind it is in TLS's own buffer when the block ends."""
+    options, trusting = tls
+    begun, go_on, answering = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        begun.set()
+        await go_on.wait()
+        answering.set()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    async with serving(app, http=http, **options) as server:
+        reader, writer = await asyncio.open_connection(server.host, server.port, ssl=trusting)
+        writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 100000\r\n\r\n" + bytes(100_000))
+        await begun.wait()
+        await turns()
+        writer.write(REQUEST % b"/")
+        await turns()
+        go_on.set()
+        await answering.wait()
+        await turns(wait)
+    assert (await reader.read()).count(b"hello") == 2
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 @pytest.mark.parametrize("how", ["the block ends", "close()", "a handler closes it"])
@@ -209,7 +262,7 @@ async def test_what_has_arrived_and_is_no_request_counts_for_nothing(monkeypatch
 
 
 @pytest.mark.parametrize("kept_alive", [False, True], ids=["new", "kept alive"])
-@pytest.mark.parametrize("ws", WS_PROTOCOLS.keys() - {"auto", "none"})
+@pytest.mark.parametrize("ws", sorted(WS_PROTOCOLS.keys() - {"auto", "none"}))
 async def test_a_websocket_that_had_arrived_is_accepted(ws: str, kept_alive: bool) -> None:
     """And then told to come again."""
     server = await start(App(), ws=ws)
@@ -686,6 +739,26 @@ async def test_sse_starlette_takes_our_event() -> None:
 
 
 # WebSockets.
+
+
+@pytest.mark.parametrize("ws", sorted(WS_PROTOCOLS.keys() - {"none", "auto"}))
+async def test_a_websocket_whose_handler_waits_for_the_stop_can_say_farewell(ws: str) -> None:
+    """It hears of the stop before its client does."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "websocket"
+        await receive()
+        await send({"type": "websocket.accept"})
+        await scope["state"]["aioserve"].stopping.wait()
+        await send({"type": "websocket.send", "text": "farewell"})
+        await send({"type": "websocket.close", "code": 4000})
+
+    server = await start(app, ws=ws)
+    async with connect_websocket(server.url.replace("http", "ws"), proxy=None) as client:
+        await turns()
+        await asyncio.gather(server.aclose(), client.wait_closed())
+        assert await client.recv() == "farewell"
+        assert client.close_code == 4000
 
 
 async def test_a_websocket_whose_handler_sleeps_is_told_at_once_and_cancelled_when_the_budget_is_over() -> None:

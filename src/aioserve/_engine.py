@@ -28,6 +28,7 @@ what they accept; the shutdown; and no signal handlers at all.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import fcntl
 import functools
@@ -128,6 +129,7 @@ class Engine(uvicorn.Server):
     def __init__(self, settings: Settings, listeners: Sequence[Listener]) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
+        self._context = contextvars.copy_context()
         self.waiting: Waiting = Waiting()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.closed: asyncio.Event = asyncio.Event()
@@ -215,10 +217,13 @@ class Engine(uvicorn.Server):
             self.error = StartupError("the server's own task was cancelled before it had begun")
             self._clean_up()
 
-    def _fail(self, what: str, cause: BaseException | None) -> None:
+    def _note(self, what: str, cause: BaseException | None) -> None:
         self.error = ServerCrashedError(f"{what}: {describe(cause)}")
         self.error.__cause__ = cause
         self.crashed = True
+
+    def _fail(self, what: str, cause: BaseException | None) -> None:
+        self._note(what, cause)
         self.close()
         if self.on_crash is not None:
             self.on_crash()
@@ -281,12 +286,8 @@ class Engine(uvicorn.Server):
         if self._loop.is_closed():
             return  # and so is the server
         if threading.get_ident() == self._thread:
-            task = asyncio.current_task(self._loop)
-            # A protocol's own call is no place to close it. A handler can be within one, and so can any other task,
-            # where tasks are begun as the program likes: eagerly.
-            at_once = task is not None and not self.is_ours(task) and self._loop.get_task_factory() is None
-            self._close(deadline, at_once=at_once)
-            if task is not None:
+            self._close(deadline)
+            if asyncio.current_task(self._loop) is not None:
                 return
             # A signal handler, perhaps, which has interrupted the loop in its sleep: it has to be woken up.
         try:
@@ -294,19 +295,16 @@ class Engine(uvicorn.Server):
         except RuntimeError:
             pass  # its loop has been closed just now
 
-    def _close(self, deadline: float | None, *, at_once: bool = False) -> None:
+    def _close(self, deadline: float | None) -> None:
         if self.closed.is_set():
             return
         if self.asked_at is None:
             self.asked_at = self._loop.time()
             self._say_that_it_stops()
             self._tell_systemd("STOPPING=1")
-            if at_once:
-                self._begin_to_stop()
             # From here on, every HTTP/1 response says that it is the last of its connection.
             for connection in list(self.server_state.connections):
-                if not connection.transport.is_closing():
-                    _make_last(self, connection)
+                _make_last(self, connection)
         self.waiting.notify()
         if deadline is None:
             return
@@ -318,11 +316,21 @@ class Engine(uvicorn.Server):
                 self._deadline.cancel()
             self._deadline = self._loop.call_at(deadline, self._run_out_of_time)
 
-    def _begin_to_stop(self) -> None:
+    def begin_to_stop(self) -> None:
+        """
+        Do in this very step what a stop can do without waiting; then ask for it.
+
+        For the task of a program that is about to wait for the end. A signal handler can be within any call of a
+        protocol's, which is no place to close it; and so can a task, where tasks are begun eagerly. TLS transports keep
+        to themselves what they have read.
+        """
+        if self.is_stopping or self.config.ssl or self._loop.get_task_factory() is not None:
+            return
         try:
-            begin_to_stop(self)
-        except Exception as exc:  # noqa: BLE001 (whoever asks for a stop is not to hear of it; who waits for the end is)
-            self._fail("it could not begin to stop", exc)
+            # What is accepted here is not to run in the context of whoever asks.
+            self._context.run(begin_to_stop, self)
+        except Exception as exc:  # noqa: BLE001 (it is told at the end)
+            self._note("it could not begin to stop", exc)
 
     @property
     def stopping(self) -> anyio.Event:
@@ -354,15 +362,11 @@ class Engine(uvicorn.Server):
         return _standing(connection) in ("idle", "busy") and not self._unread(connection)
 
     def dismiss_idle(self) -> None:
-        """Close the connections that are plainly owed nothing, and leave the others as they are."""
+        """Close the HTTP connections that are plainly owed nothing, and leave the others as they are."""
         for connection in list(self.server_state.connections):
-            if not connection.transport.is_closing() and self._is_idle(connection):
+            is_http = hasattr(connection, "cycle") and not connection.transport.is_closing()
+            if is_http and _standing(connection) == "idle" and not self._unread(connection):
                 self._say_goodbye(connection)
-
-    def _is_idle(self, connection: Any) -> bool:
-        if not hasattr(connection, "cycle"):
-            return _is_accepted(connection)
-        return _standing(connection) == "idle" and not self._unread(connection)
 
     def dismiss(self, *, patient: bool) -> None:
         """
@@ -1044,9 +1048,10 @@ def _world(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
         where = protocols.get(options.get(option, "auto"), "")
         if where is not None:  # as of "none"
             name, _, attribute = where.partition(":")
-            if name not in sys.modules:
+            protocol = getattr(sys.modules.get(name), attribute, None)
+            if protocol is None:
                 return None
-            chosen.append(getattr(sys.modules[name], attribute, None))
+            chosen.append(protocol)
     trusted = os.environ.get("FORWARDED_ALLOW_IPS")
     # The level, since uvicorn puts something before the app for "trace"; and who watches over apps may replace load().
     return uvicorn.Config, uvicorn.Config.load, *chosen, trusted, uvicorn_logger.getEffectiveLevel()

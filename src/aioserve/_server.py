@@ -150,7 +150,7 @@ class Closable:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._check_caller("aclose()")
-        self.close()
+        self._close_at_once()
         cancelled = isinstance(exc, asyncio.CancelledError)
         late = await self._outlast(cancellations=1 if cancelled else 0)
         self._awaited = True
@@ -167,6 +167,10 @@ class Closable:
             logger.error("%s", error, exc_info=error)
         if heard is not exc:
             raise heard
+
+    def _close_at_once(self) -> None:
+        """Ask for a stop, and do already what needs no waiting; where that is possible."""
+        self.close()
 
     async def _wait_started(self) -> None:
         """Wait until the server has started, or raise what prevented it; cancelled, wait until it has stopped again."""
@@ -307,6 +311,10 @@ class Server(Closable):
     def is_serving(self) -> bool:
         """Whether it accepts new connections."""
         return self._engine.acceptor.is_serving()
+
+    def _close_at_once(self) -> None:
+        self._engine.begin_to_stop()
+        self.close()
 
     def _how(self) -> str:
         if self._engine.closed.is_set():

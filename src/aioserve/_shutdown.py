@@ -89,7 +89,7 @@ def longest(drain_delay: float, shutdown_timeout: float, grace: float) -> float:
 
 def begin_to_stop(engine: "Engine") -> None:
     """
-    Do what needs no waiting, in the very step that asks for the stop; `shut_down()` goes on from there.
+    Do what needs no waiting, right before a stop is asked for; `shut_down()` goes on from there.
 
     So a server with nothing left to do has closed two turns of the loop later, and not four.
     """
