@@ -217,13 +217,13 @@ class Engine(uvicorn.Server):
             self.error = StartupError("the server's own task was cancelled before it had begun")
             self._clean_up()
 
-    def _note(self, what: str, cause: BaseException | None) -> None:
+    def _note_failure(self, what: str, cause: BaseException | None) -> None:
         self.error = ServerCrashedError(f"{what}: {describe(cause)}")
         self.error.__cause__ = cause
         self.crashed = True
 
     def _fail(self, what: str, cause: BaseException | None) -> None:
-        self._note(what, cause)
+        self._note_failure(what, cause)
         self.close()
         if self.on_crash is not None:
             self.on_crash()
@@ -318,11 +318,11 @@ class Engine(uvicorn.Server):
 
     def begin_to_stop(self) -> None:
         """
-        Do in this very step what a stop can do without waiting; then ask for it.
+        Do in this very step what a stop can do without waiting; the next thing is to be `close()`.
 
-        For the task of a program that is about to wait for the end. A signal handler can be within any call of a
-        protocol's, which is no place to close it; and so can a task, where tasks are begun eagerly. TLS transports keep
-        to themselves what they have read.
+        It is for a task of the program's that is about to wait for the end. A signal handler can be within any call of
+        a protocol's, which is no place to close it; and so can a task, where tasks are begun eagerly. TLS transports
+        keep to themselves what they have read.
         """
         if self.is_stopping or self.config.ssl or self._loop.get_task_factory() is not None:
             return
@@ -330,7 +330,7 @@ class Engine(uvicorn.Server):
             # What is accepted here is not to run in the context of whoever asks.
             self._context.run(begin_to_stop, self)
         except Exception as exc:  # noqa: BLE001 (it is told at the end)
-            self._note("it could not begin to stop", exc)
+            self._note_failure("it could not begin to stop", exc)
 
     @property
     def stopping(self) -> anyio.Event:
@@ -493,7 +493,6 @@ class Engine(uvicorn.Server):
                 self._loop.call_soon(self._dismiss, connection)  # to see what it is, when it is read
             if standing == "idle" or (standing == "silent" and not self._patient):
                 self._say_goodbye(connection)
-                return
         self._see_off(connection)
 
     def _say_goodbye(self, connection: Any) -> None:
@@ -502,7 +501,6 @@ class Engine(uvicorn.Server):
         except Exception:  # noqa: BLE001
             # The protocol is in no state to say so, as h11 after a request that was none.
             connection.transport.abort()
-        self._see_off(connection)
 
     def _standing(self, connection: Any) -> Standing:
         standing = _standing(connection)

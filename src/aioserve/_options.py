@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from configparser import RawConfigParser
 from ssl import PROTOCOL_TLS_CLIENT, SSLContext
-from typing import IO, Any, Literal, TypeAlias, TypedDict
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import uvicorn
 
@@ -146,7 +146,7 @@ _CHOICES = {
 _COUNTS = ("backlog", "limit_concurrency", "limit_max_requests")
 
 
-class Settings(types.SimpleNamespace):
+class Settings(NamedTuple):
     """What was asked for, checked."""
 
     config: uvicorn.Config

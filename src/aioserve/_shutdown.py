@@ -93,7 +93,7 @@ def begin_to_stop(engine: "Engine") -> None:
 
     So a server with nothing left to do has closed two turns of the loop later, and not four.
     """
-    if engine.settings.drain_delay or not engine.started or engine.crashed:
+    if engine.settings.drain_delay or not engine.started:
         return
     engine.acceptor.close()
     engine.dismiss_idle()
