@@ -1,9 +1,8 @@
 """
-What can go wrong, by name.
+The exceptions of aioserve.
 
 Where Python has a word already, that word stays: a busy port is an `OSError`, a misspelt option is a `TypeError`, a
-value out of range is a `ValueError`. The classes here name only what Python has no word for. Each carries the app's own
-exception, untouched, as its `__cause__`.
+value out of range is a `ValueError`. Each class here carries the app's own exception, unchanged, as its `__cause__`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 class ServingError(Exception):
     """
-    The base of every error that is aioserve's own.
+    The base class of aioserve's own errors.
 
     Catch it to tell "the server failed" from "my code failed".
     """
@@ -30,24 +29,24 @@ class StartupTimeoutError(StartupError):
     """
     The app's lifespan did not finish its startup within `startup_timeout` seconds.
 
-    This is not a `TimeoutError`, since that is an `OSError` and would pass for a busy port; its `__cause__` is one.
+    This is not a `TimeoutError`, because a `TimeoutError` is an `OSError` and would look like a busy port. Its
+    `__cause__` is a `TimeoutError`.
     """
 
 
 class StartupInterruptedError(StartupError):
     """
-    The server was told to stop before it had started: by a signal that `stop_on_signals` asked for, or by
-    `close(timeout=0)`.
+    The server was told to stop before it had started: by one of the `stop_on_signals`, or by ``close(timeout=0)``.
 
-    Nothing has failed, hence there is no `__cause__`. `serve()` returns normally after a signal.
+    Nothing failed, so there is no `__cause__`. `serve()` returns normally after a signal.
     """
 
 
 class ServerCrashedError(ServingError):
     """
-    The server died while the block's body was running; the body has been cancelled.
+    The server died while the block's body was running. The body was cancelled.
 
-    `__cause__` says of what: the exception that the app's lifespan raised in the middle of serving.
+    `__cause__` is the exception that the app's lifespan raised while it was serving.
     """
 
 
@@ -55,6 +54,12 @@ class ShutdownError(ServingError):
     """
     The app's lifespan failed at its shutdown, or did not finish it in time.
 
-    By then the requests have been answered and the port is free. `__cause__` is the app's own exception, or a
-    `TimeoutError`.
+    The requests have been answered and the port is free. `__cause__` is the app's own exception, or a `TimeoutError`.
     """
+
+
+def describe_error(error: BaseException | None) -> str:
+    """Return the type and the message of an exception; of a group with a single exception, those of that exception."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"

@@ -1,8 +1,8 @@
 """
 Runs the app's lifespan and keeps its exception.
 
-uvicorn has a class for this; it keeps no reference to its task and drops the exception, so that a failed startup can
-say neither what failed nor, with ``lifespan="auto"``, that anything did. (ASGI, "Lifespan Protocol", version 2.0.)
+uvicorn's own class drops the exception and keeps no reference to its task. So a failed startup could say neither what
+failed nor, with ``lifespan="auto"``, that anything did. (ASGI, "Lifespan Protocol", version 2.0.)
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
-from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError
-from aioserve._waiting import Waiting, begin
+from aioserve import _limits
+from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
+from aioserve._waiting import Condition, start_task
 
 if TYPE_CHECKING:
-    from aioserve._options import Message, Scope
+    from aioserve._types import ASGIApp, Message, Scope
 
 logger = logging.getLogger("aioserve")
 
@@ -24,53 +25,50 @@ class Lifespan:
     """
     One run of an app's lifespan, in a task of its own.
 
-    With mode "auto" an app may do without: it does if it raises before it has called `receive()`, or if it took the
-    scope for a request, and raised when its answer was refused. An app that began its lifespan and raised has failed.
-    With "on" every exception is a failure; with "off" the app is not asked.
+    With mode "auto" an app may have no lifespan. That is so if it raises before it has called `receive()`, or if it
+    took the scope for a request and raised when its answer was refused. An app that began its lifespan and raised has
+    failed. With "on" every exception is a failure; with "off" the app is not called.
     """
 
-    # How long a lifespan that has been cancelled, or that is to end by force, may take to end: seconds.
-    grace: float = 1.0
-
     should_exit: bool = False
-    """As in uvicorn's class: whether the program should exit for it. It never should for ours."""
+    """As in uvicorn's class: whether the program should exit. It never should."""
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         *,
         mode: Literal["auto", "on", "off"],
         asgi_version: str,
         state: dict[str, Any],
-        waiting: Waiting,
+        condition: Condition,
     ) -> None:
         self.state = state
         self.error: BaseException | None = None
         """What the app's lifespan raised."""
         self.task: asyncio.Task[None] | None = None
+        self.is_stuck: bool = False
+        """Whether it was cancelled and is still running."""
+        self.is_over: bool = mode == "off"
 
         self._app = app
         self._mode = mode
         self._asgi_version = asgi_version
-        self._waiting = waiting
+        self._condition = condition
 
-        self._received = False  # it has taken lifespan.startup
-        self._refused = False  # it has sent something that is no lifespan message
+        self._startup_received = False
         self._started = False  # it has sent startup.complete
+        self._refused = False  # it has sent something that is not a lifespan message
         self._failure: str | None = None  # the message of its startup.failed or shutdown.failed
         self._shutdown = asyncio.Event()
-        self._listens = False  # it has begun to wait for lifespan.shutdown
-        self._told = False  # it has taken lifespan.shutdown
-        self._spent = False  # it asks for more, and there is no more
+        self._awaits_shutdown = False
+        self._shutdown_received = False
+        self._awaits_more = False  # it calls receive() again, and no message is left
         self._abandoned = False  # we have cancelled it
-        self.stuck: bool = False
-        """Whether it was cancelled, and went on all the same."""
-        self.over: bool = mode == "off"
 
     @property
     def died(self) -> bool:
-        """Whether it raised in the middle of serving. One that returns quietly has merely nothing to do at the end."""
-        return self.over and self._started and self.error is not None
+        """Whether it raised while the app was serving. One that returned has nothing to do at the shutdown."""
+        return self.is_over and self._started and self.error is not None
 
     async def startup(self, timeout: float | None) -> None:
         """
@@ -78,123 +76,127 @@ class Lifespan:
 
         Raises:
             StartupError: It failed; its own exception is the `__cause__`.
-            StartupTimeoutError: It took longer than `timeout` seconds; it has been cancelled.
-            StartupInterruptedError: The server was forced meanwhile, and so it was cancelled.
+            StartupTimeoutError: It took longer than `timeout` seconds, and was cancelled.
+            StartupInterruptedError: The server was forced before, and so it was cancelled.
         """
-        if self.over:
+        if self.is_over:
             return
 
-        self.task = begin(self._run(), name="aioserve lifespan")
-        self.task.add_done_callback(self._make_sure)
-        if not await self._waiting.wait_for(self._has_answered, timeout):
+        self.task = start_task(self._run(), name="aioserve lifespan")
+        self.task.add_done_callback(self._ended)
+        if not await self._condition.wait_for(
+            lambda: self._started or self._failure is not None or self.is_over, timeout
+        ):
             await self._abandon()
-            if self._waiting.forced:
+            if self._condition.forced:
                 raise StartupInterruptedError("the server was told to stop before the app's lifespan had started")
             message = f"the app's lifespan did not start within startup_timeout={timeout:g} seconds; it was cancelled"
             raise StartupTimeoutError(message) from TimeoutError(message)
 
         if self._failure is not None:
-            # It says that it failed; the exception that it means comes a moment later.
-            if not await self._waiting.wait_for(self._is_over, self.grace):
+            # Its exception comes a moment after its message.
+            if not await self._condition.wait_for(self._has_returned, _limits.LIFESPAN_GRACE):
                 await self._abandon()
             error = self._app_error()
-            raise StartupError(_describe("failed to start", error, self._failure)) from error
+            raise StartupError(_failed("start", error, self._failure)) from error
 
         if self.error is not None and not self._started:
-            if self._mode == "auto" and (self._refused or not self._received):
-                logger.info("the app does without a lifespan: %r", self.error)
+            if self._mode == "auto" and (self._refused or not self._startup_received):
+                logger.info("the app has no lifespan: %r", self.error)
                 return
-            raise StartupError(_describe("failed to start", self.error)) from self.error
+            raise StartupError(_failed("start", self.error)) from self.error
 
-    def tell(self) -> None:
-        """Tell the app to shut down, if it waits for that already; `shutdown()` tells it in any case."""
-        if self._listens:
+    def request_shutdown(self) -> None:
+        """Send the app its shutdown message now, if it is waiting for it. `shutdown()` sends it in any case."""
+        if self._awaits_shutdown:
             self._shutdown.set()
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """
-        Let the app shut down, in `timeout` seconds (at least the `grace`, and no more than that when forced).
+        Let the app shut down, within `timeout` seconds: at least `LIFESPAN_GRACE`, and no more than that when forced.
 
         Raises:
-            ShutdownError: It failed, or took longer and has been cancelled.
+            ShutdownError: It failed, or took longer and was cancelled.
         """
         if not self._started:
             return
-        if not self.over:
+        if not self.is_over:
             self._shutdown.set()
             time = asyncio.get_running_loop().time
-            bound = None if timeout is None else max(timeout, self.grace)
+            grace = _limits.LIFESPAN_GRACE
+            bound = None if timeout is None else max(timeout, grace)
             began = time()
-            ended = await self._waiting.wait_for(self._has_ended, bound)
-            if self._waiting.forced and not ended:
-                left = self.grace if bound is None else max(0.0, min(self.grace, began + bound - time()))
-                ended = await self._waiting.wait_for(self._has_ended, left, even_if_forced=True)
+            ended = await self._condition.wait_for(self._has_ended, bound)
+            if self._condition.forced and not ended:
+                left = grace if bound is None else max(0.0, min(grace, began + bound - time()))
+                ended = await self._condition.wait_for(self._has_ended, left, even_if_forced=True)
             took = time() - began
-            if not self.over:
+            if not self.is_over:
                 await self._abandon()
             if not ended:
-                how = "cancelled, and goes on all the same" if self.stuck else "cancelled"
-                allowed = f"{took:.3g} s (the shutdown_timeout, or 1 if that is less)"
-                message = f"the app's lifespan did not shut down within {allowed}; it was {how}"
+                outcome = "cancelled, and is still running" if self.is_stuck else "cancelled"
+                allowed = f"{took:.3g} s (the shutdown_timeout, but at least 1 s)"
+                message = f"the app's lifespan did not shut down within {allowed}; it was {outcome}"
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 
         error = self._app_error()
         if self._failure is not None or error is not None:
-            raise ShutdownError(_describe("failed to shut down", error, self._failure)) from error
+            raise ShutdownError(_failed("shut down", error, self._failure)) from error
 
     async def _abandon(self) -> None:
-        """Cancel it and wait for its end, but not for ever."""
-        if self.task is None or self.over:
+        if self.task is None or self.is_over:
             return
         self._abandoned = True
-        self._shutdown.set()  # should it refuse to be cancelled, it can still be told
+        self._shutdown.set()  # one that swallows its cancellation can still receive the message
         self.task.cancel()
-        self.stuck = not await self._waiting.wait_for(self._is_over, self.grace, even_if_forced=True)
-        if self.stuck:
-            logger.warning("the app's lifespan is stuck: %s was cancelled and goes on all the same", self.task)
+        self.is_stuck = not await self._condition.wait_for(
+            self._has_returned, _limits.LIFESPAN_GRACE, even_if_forced=True
+        )
+        if self.is_stuck:
+            logger.warning("the app's lifespan is stuck: %s was cancelled and is still running", self.task)
 
     async def _run(self) -> None:
-        self.task = asyncio.current_task()  # which runs before its maker has it
+        self.task = asyncio.current_task()  # an eager task runs before its maker has it
         asgi = {"version": self._asgi_version, "spec_version": "2.0"}
         scope: Scope = {"type": "lifespan", "asgi": asgi, "state": self.state}
         try:
             await self._app(scope, self._receive, self._send)
         except BaseException as exc:  # noqa: BLE001
-            # SystemExit and KeyboardInterrupt too: out of a task they would stop the loop, and with it the program.
+            # SystemExit and KeyboardInterrupt too: they would leave the task, and stop the loop and the program.
             self.error = exc
         finally:
-            self.over = True
+            self.is_over = True
             self._shutdown.set()  # for a task of the app's that is still in receive()
-            self._waiting.notify()
+            self._condition.notify()
 
-    def _make_sure(self, _: object) -> None:
-        """Notice the end also of a task that was cancelled before its first step, so that `_run()` never ran."""
-        if not self.over:
-            self.over = self._received = True
+    def _ended(self, _: object) -> None:
+        """Notice the end of a task that was cancelled before its first step, so that `_run()` never ran."""
+        if not self.is_over:
+            self.is_over = self._startup_received = True
             self.error = asyncio.CancelledError()
-            self._waiting.notify()
+            self._condition.notify()
 
     async def _receive(self) -> Message:
-        if not self._received:
-            self._received = True
+        if not self._startup_received:
+            self._startup_received = True
             return {"type": "lifespan.startup"}
 
-        if self._told:
-            self._spent = True
-            self._waiting.notify()
+        if self._shutdown_received:
+            self._awaits_more = True
+            self._condition.notify()
             await asyncio.Event().wait()
 
-        self._listens = True
+        self._awaits_shutdown = True
         try:
             await self._shutdown.wait()
         except asyncio.CancelledError:
-            # Whose is it? `asyncio.run` cancels every task at its end; then the server is being forced, and an orderly
-            # end is on its way. Any other is the app's own affair. One turn later we know.
+            # Who cancelled? At its end `asyncio.run()` cancels every task: then the server is forced too, and this
+            # lifespan gets its shutdown message. Any other cancellation is the app's own. One turn later we know.
             await asyncio.sleep(0)
-            if self.over or self._abandoned or not self._waiting.forced:
+            if self.is_over or self._abandoned or not self._condition.forced:
                 raise
             await self._shutdown.wait()
-        self._told = True
+        self._shutdown_received = True
         return {"type": "lifespan.shutdown"}
 
     async def _send(self, message: Message) -> None:
@@ -204,34 +206,23 @@ class Lifespan:
             case "lifespan.startup.failed" | "lifespan.shutdown.failed":
                 self._failure = str(message.get("message") or "")
             case "lifespan.shutdown.complete":
-                pass  # what counts is that it ends: there may be clean-up behind this
+                pass  # its return is what counts: clean-up may follow this message
             case other:
                 self._refused = True
                 raise RuntimeError(f"a lifespan cannot send {other!r}; the scope's type is 'lifespan', not 'http'")
-        self._waiting.notify()
-
-    def _has_answered(self) -> bool:
-        return self._started or self._failure is not None or self.over
+        self._condition.notify()
 
     def _has_ended(self) -> bool:
-        return self._spent or self.over
+        return self._awaits_more or self.is_over
 
-    def _is_over(self) -> bool:
-        return self.over
+    def _has_returned(self) -> bool:
+        return self.is_over
 
     def _app_error(self) -> BaseException | None:
         ours = self._abandoned and isinstance(self.error, asyncio.CancelledError)
         return None if ours else self.error
 
 
-def describe(error: BaseException | None) -> str:
-    """Say what it is; of a group with one exception, such as a task group raises, what that one is."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
-
-
-def _describe(what: str, error: BaseException | None, message: str | None = None) -> str:
-    if error is not None:
-        return f"the app's lifespan {what}: {describe(error)}"
-    return f"the app's lifespan {what}: {message}" if message else f"the app's lifespan {what}, and did not say why"
+def _failed(to_do: str, error: BaseException | None, message: str | None = None) -> str:
+    reason = describe_error(error) if error is not None else message
+    return f"the app's lifespan failed to {to_do}{f': {reason}' if reason else ', without a reason'}"

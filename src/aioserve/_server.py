@@ -1,5 +1,5 @@
 """
-What the user holds.
+What a user holds of a running server.
 """
 
 from __future__ import annotations
@@ -7,73 +7,45 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from aioserve._options import check_timeout
-from aioserve._waiting import begin
+from aioserve._limits import check_timeout
+from aioserve._report import Stats
+from aioserve._waiting import outlast
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
     from types import TracebackType
-    from typing import Protocol, Self
+    from typing import Self
 
     import uvicorn
 
     from aioserve._engine import Engine
-    from aioserve._shutdown import Report
-
-    class Runs(Protocol):
-        """What a server is to those who hold it: when it begins and ends, and how to ask for that."""
-
-        ready: asyncio.Future[None]
-        """Done when it has started, or failed to."""
-        started: bool
-        urls: list[str]
-        closed: asyncio.Event
-        error: BaseException | None
-        on_crash: Callable[[], None] | None
-
-        def close(self, deadline: float | None = None) -> None: ...
-
-        def is_ours(self, task: asyncio.Task[Any] | None) -> bool: ...
-
+    from aioserve._report import Report
+    from aioserve._waiting import ServerTask
 
 logger = logging.getLogger("aioserve")
 
 
-class Stats(NamedTuple):
-    """What a server is doing and has done, at the moment of asking."""
+class ServerHandle:
+    """How a running server is found, closed, and waited for."""
 
-    connections: int
-    """Open connections, idle ones and WebSockets included."""
-    in_flight: int
-    """Requests and WebSockets whose handler is running."""
-    served: int
-    """HTTP responses completed since the start."""
-
-
-class Closable:
-    """
-    How a running server is ended, and waited for.
-    """
-
-    _engine: Runs
+    _engine: ServerTask
     _loop: asyncio.AbstractEventLoop
     _host: str | None
     _port: int | None
-    _awaited: bool = False  # whoever awaits its end hears how it went, and a test need not hear of it again
+    _awaited: bool = False  # its end was awaited, so its error was raised; a test need not raise it again
 
     @property
     def url(self) -> str:
         """
-        Where a client on this machine reaches it, like ``"http://127.0.0.1:8000"``: no slash at the end.
+        Where a client on this machine reaches it, like ``"http://127.0.0.1:8000"``: without a slash at the end.
 
-        A wildcard address becomes loopback; IPv6 stands in brackets. Of a Unix socket it is
-        ``"http+unix://%2Frun%2Fapp.sock"``, the path percent-encoded in the place of the host. It stays when the server
-        has closed.
+        A wildcard address becomes loopback; IPv6 is in brackets. For a Unix socket it is
+        ``"http+unix://%2Frun%2Fapp.sock"``, with the percent-encoded path in place of the host. It stays when the
+        server has closed.
         """
         return self._engine.urls[0]
 
@@ -84,28 +56,32 @@ class Closable:
 
     @property
     def host(self) -> str | None:
-        """The first address that it is bound to, as the system gives it; `None` of a Unix socket."""
+        """The first address that it is bound to, as the system gives it; `None` for a Unix socket."""
         return self._host
 
     @property
     def port(self) -> int | None:
-        """The port, the same on every address; the real one, where 0 was asked for; `None` of a Unix socket."""
+        """The port, the same on every address: the real one where 0 was asked for; `None` for a Unix socket."""
         return self._port
+
+    @property
+    def report(self) -> Report | None:
+        """How it was closed, and what had to be forced; `None` before that, and where a child process was killed."""
+        return self._engine.report
 
     def close(self, timeout: float | None = None) -> None:
         """
         Ask for a graceful stop, and return at once.
 
         It can be called at any time, any number of times: from a request's handler, from another task, from another
-        thread, from a signal handler.
-        `wait_closed()` waits for the end.
+        thread, from a signal handler. `wait_closed()` waits for the end.
 
         Args:
-            timeout: A deadline for the requests in flight, in seconds from this call, the drain included. It can only
+            timeout: How long the requests in flight get, in seconds from this call, the drain included. It can only
                 shorten what the server was started with; 0 forces, which cancels the handlers at once.
 
         Raises:
-            TypeError: The timeout is no number.
+            TypeError: The timeout is not a number.
             ValueError: The timeout is negative.
         """
         seconds = check_timeout("timeout", timeout)
@@ -113,16 +89,16 @@ class Closable:
 
     async def wait_closed(self) -> None:
         """
-        Wait until all is over: the last response sent, the lifespan ended, the port free.
+        Wait until everything is over: the last response sent, the lifespan ended, the port free.
 
-        It only watches: cancelling it does nothing to the server.
+        Cancelling this does nothing to the server.
 
         Raises:
-            ServerCrashedError: The app's lifespan died in the middle of serving.
+            ServerCrashedError: The app's lifespan died while it was serving.
             ShutdownError: The app's lifespan failed at its shutdown.
-            RuntimeError: A request or the lifespan of this server calls it, and would wait for itself; or it is called
-                from another event loop. (A request whose handler runs in a task of its own, as under Starlette's
-                BaseHTTPMiddleware, is not known as one: it waits until the budget is over.)
+            RuntimeError: It was called by a request or the lifespan of this server, and would wait for itself; or from
+                another event loop. (A handler that runs in a task of its own, as under Starlette's BaseHTTPMiddleware,
+                is not recognized: it waits until the budget is over.)
         """
         self._check_caller("wait_closed()")
         await self._engine.closed.wait()
@@ -132,12 +108,12 @@ class Closable:
 
     async def aclose(self) -> None:
         """
-        Close, and wait until all is over.
+        Close, and wait until everything is over.
 
-        A cancellation that arrives meanwhile waits for the end as well; a second one forces.
+        A cancellation that arrives during the wait is raised at its end; a second one forces.
 
         Raises:
-            ServerCrashedError: The app's lifespan died in the middle of serving.
+            ServerCrashedError: The app's lifespan died while it was serving.
             ShutdownError: The app's lifespan failed at its shutdown.
             RuntimeError: As in `wait_closed()`.
         """
@@ -150,35 +126,31 @@ class Closable:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._check_caller("aclose()")
-        self._close_at_once()
+        self._engine.close(begin=True)
         cancelled = isinstance(exc, asyncio.CancelledError)
         late = await self._outlast(cancellations=1 if cancelled else 0)
         self._awaited = True
 
-        # Who is heard? The body before the server, and a cancellation before both.
+        # What is raised? A cancellation first, then the body's exception, then the server's.
         error = self._engine.error
-        heard = late if late is not None and not cancelled else exc
-        if heard is None or isinstance(heard, GeneratorExit):  # a generator that is closed has no error of its own
+        raised = late if late is not None and not cancelled else exc
+        if raised is None or isinstance(raised, GeneratorExit):  # a generator that is closed has no error of its own
             if error is not None:
                 raise error
             return
-        if error is not None and error is not heard:
-            heard.add_note(f"aioserve: the server failed as well: {type(error).__name__}: {error}")
+        if error is not None and error is not raised:
+            raised.add_note(f"aioserve: the server failed as well: {type(error).__name__}: {error}")
             logger.error("%s", error, exc_info=error)
-        if heard is not exc:
-            raise heard
-
-    def _close_at_once(self) -> None:
-        """Ask for a stop, and do already what needs no waiting; where that is possible."""
-        self.close()
+        if raised is not exc:
+            raise raised
 
     async def _wait_started(self) -> None:
-        """Wait until the server has started, or raise what prevented it; cancelled, wait until it has stopped again."""
+        """Wait until the server has started, or raise what prevented it; if cancelled, wait until it has stopped."""
         task = asyncio.current_task()
         assert task is not None
         try:
             if self._engine.ready.done() and (task.cancelling() or not self._engine.started):
-                # It took a single step, in which somebody may have cancelled us; and that comes before what we have.
+                # It took a single step, in which somebody may have cancelled this task. That comes first.
                 await asyncio.sleep(0)
             await self._engine.ready
         except asyncio.CancelledError:
@@ -193,13 +165,9 @@ class Closable:
 
     async def _outlast(self, *, cancellations: int) -> asyncio.CancelledError | None:
         """
-        Wait for the server's end whatever happens, and return the cancellation that arrived meanwhile, for the caller
-        to raise.
+        Wait for the server's end whatever happens; return the cancellation that arrived, for the caller to raise.
 
-        Two things are held off. An anyio scope delivers its cancellation anew on every loop turn, hence the shield,
-        where there is a cancellation; after it, the scope will have its way. A native one comes through a shield, but
-        once only; and waiting for an event does not pass it on to the server. The second one, counting those that came
-        before, forces.
+        The second native one, counting those that came before, forces.
         """
         closed = self._engine.closed
         late: asyncio.CancelledError | None = None
@@ -207,58 +175,61 @@ class Closable:
             try:
                 await closed.wait()
             except asyncio.CancelledError as exc:
-                late = exc  # a scope's own does not count
+                late = exc
+                # One that comes from an anyio scope does not count.
                 cancellations = 0 if anyio.current_effective_deadline() == -math.inf else 1
             else:
                 return None
 
-        with anyio.CancelScope(shield=True):
-            while not closed.is_set():
-                try:
-                    await closed.wait()
-                except asyncio.CancelledError as exc:
-                    late = exc if cancellations == 0 else late or exc
-                    cancellations += 1
-                    if cancellations > 1:
-                        self.close(timeout=0)
-        return late
+        def count() -> None:
+            nonlocal cancellations
+            cancellations += 1
+            if cancellations > 1:
+                self.close(timeout=0)
 
-    def _how(self) -> str:
-        """Say in a word how it is."""
+        from_scope = None if cancellations else late
+        native = await outlast(closed.is_set, closed.wait, count)
+        return native or from_scope if late is from_scope else late
+
+    def _status(self) -> str:
         raise NotImplementedError
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: links to where it listens, as long as it does, and how it is."""
-        from html import escape  # for notebooks only
+        """Return what a notebook shows: links to where it listens, until it has closed, and its status."""
+        from html import escape  # only for notebooks
 
-        how = self._how()
+        status = self._status()
         where = [escape(url) for url in self.urls]
-        if how != "closed":
+        if status != "closed":
             where = [url if "+unix:" in url else f'<a href="{url}" target="_blank">{url}</a>' for url in where]
-        return f"aioserve.{type(self).__name__} {', '.join(where)} <em>{how}</em>"
+        return f"aioserve.{type(self).__name__} {', '.join(where)} <em>{status}</em>"
 
     def _check_caller(self, called: str) -> None:
-        loop = _running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
         if loop is not self._loop:
-            raise RuntimeError(f"{called} is for the event loop that the server runs in; from elsewhere use close()")
-        if self._engine.is_ours(asyncio.current_task()):
+            raise RuntimeError(f"call {called} in the event loop that the server runs in; close() works from anywhere")
+        if self._engine.owns(asyncio.current_task()):
             raise RuntimeError(
                 f"{called} in a request or the lifespan of this server would wait for itself; use close()"
             )
 
 
-class Server(Closable):
+class Server(ServerHandle):
     """
-    A running server: where it listens, how it fares, and how to end it.
+    A running server: where it listens, what it is doing, and how to end it.
 
     You get one from `serving()`, `start()` or `serve()`. It is an async context manager too, which closes it at the end
     of the block: ``async with await start(app) as server``. The app's handlers find it as ``request.state.aioserve``
     (``scope["state"]["aioserve"]``).
 
-    All but `close()` is for the event loop in which it was started.
+    Everything but `close()` has to be called in the event loop in which it was started.
     """
 
     _engine: Engine
+    _uvicorn: uvicorn.Server | None = None
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -266,13 +237,11 @@ class Server(Closable):
         self._host = engine.listeners[0].host
         self._port = engine.listeners[0].port
         engine.lifespan.state["aioserve"] = self
-        self._task = begin(engine.serve(), name=f"aioserve {self.url}")
-        self._task.add_done_callback(engine.ended)
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """The listening sockets; none once it has stopped accepting. Look at them, but do not close them."""
-        return self._engine.acceptor.sockets if self.is_serving() else ()
+        """The listening sockets; none when it has stopped accepting. Look at them, but do not close them."""
+        return self._engine.connections.acceptor.sockets if self.is_serving() else ()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -282,41 +251,36 @@ class Server(Closable):
     @property
     def stats(self) -> Stats:
         """What it is doing and has done."""
-        state = self._engine.server_state
+        state = self._engine.connections.state
         return Stats(connections=len(state.connections), in_flight=len(state.tasks), served=state.total_requests)
-
-    @property
-    def report(self) -> Report | None:
-        """How it was closed, and what had to be forced; `None` before that."""
-        return self._engine.report
 
     @property
     def stopping(self) -> anyio.Event:
         """
-        Set the moment a stop is asked for, by whomever.
+        Set when a stop is asked for, by anyone.
 
-        A long stream can await it to end in time; a readiness check answers 503 from then on.
+        A long stream can await it to end in time; a readiness check can answer 503 when it is set.
         """
-        return self._engine.stopping
+        return self._engine.shutdown.event
 
     @property
     def uvicorn(self) -> uvicorn.Server:
         """
-        The `uvicorn.Server` underneath, for code that knows it.
+        A `uvicorn.Server`, for code that knows one.
 
         Setting its `should_exit` closes this server; `force_exit` forces it.
         """
-        return self._engine
+        if self._uvicorn is None:
+            from aioserve._uvicorn.facade import UvicornServer  # only for those who look at it
+
+            self._uvicorn = UvicornServer(self._engine)
+        return self._uvicorn
 
     def is_serving(self) -> bool:
         """Whether it accepts new connections."""
-        return self._engine.acceptor.is_serving()
+        return self._engine.connections.acceptor.is_serving()
 
-    def _close_at_once(self) -> None:
-        self._engine.begin_to_stop()
-        self.close()
-
-    def _how(self) -> str:
+    def _status(self) -> str:
         if self._engine.closed.is_set():
             return "closed"
         if self._engine.is_stopping:
@@ -324,11 +288,4 @@ class Server(Closable):
         return "serving" if self.is_serving() else "starting"
 
     def __repr__(self) -> str:
-        return f"<aioserve.Server {self.url} {self._how()}>"
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+        return f"<aioserve.Server {self.url} {self._status()}>"

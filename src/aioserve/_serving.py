@@ -1,23 +1,24 @@
 """
-Lifetimes: when a server starts, when it ends, and what comes out of it.
+Lifetimes: when a server starts, when it ends, and what is raised.
 
 The exit contract, which is what the rest of this package is for:
 
 1. The start fails: the error is raised, the body never runs, nothing is left.
-2. The body raises: that very object comes out, not in a group, after a graceful stop.
+2. The body raises: that very object is raised, not in a group, after a graceful stop.
 3. The server crashes while the body runs (the app's lifespan raises): the task that entered `serving()` is cancelled,
-   as an `asyncio.TaskGroup` would, and `ServerCrashedError` comes out. If somebody else cancelled it as well, that
-   cancellation wins and the crash is logged. A server from `start()` cancels nobody: `aclose()` raises.
+   as an `asyncio.TaskGroup` would do it, and `ServerCrashedError` is raised. If something else cancelled it as well,
+   that cancellation is raised and the crash is logged. A server from `start()` cancels nobody: `aclose()` raises.
 4. The server is asked to close (by a handler, by `close()`): the body goes on, and the block ends normally.
-5. Both fail: the body's exception wins; the server's is added as a note, and logged.
+5. Both fail: the body's exception is raised; the server's is added to it as a note, and logged.
 6. A cancellation from outside: the body unwinds first, while its server still answers; then the server stops within
    its budget, which the cancellation cannot cut short; then the cancellation goes on, neither swallowed nor counted
    twice. A second native one (`Task.cancel()`) forces: no grace, but everything is still awaited.
 7. A stop signal, where `stop_on_signals` asks for it: the body is cancelled, and the block ends normally; `serve()`
    returns; a server from `start()` closes. All servers that asked for it end. A second signal forces, and cancels what
    is left of the body once more. Before the body has begun, the start is given up: rule 1, but `serve()` returns.
-   Handlers are put back as they were. By default, no signal is touched.
-8. Afterwards, always: no task, timer, socket or handler of ours is left, and the port can be bound again at once.
+   Signal handlers are put back as they were. By default, no signal is touched.
+8. Afterwards, always: no task, timer, socket or signal handler of the server is left, and the port can be bound again
+   at once.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from aioserve._engine import Engine, load
+from aioserve._engine import Engine
 from aioserve._errors import StartupError, StartupInterruptedError
-from aioserve._options import parse
-from aioserve._server import Closable, Server
+from aioserve._server import Server, ServerHandle
+from aioserve._settings import parse
 from aioserve._signals import Interrupted, Signals
+from aioserve._uvicorn.config import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
 
-    from aioserve._options import App, Options, Settings
-    from aioserve._sockets import Listener
+    from aioserve._net.listeners import Listener
+    from aioserve._options import App, Options
+    from aioserve._settings import Settings
 
 logger = logging.getLogger("aioserve")
 
@@ -54,54 +57,54 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             print(server.url)
             await run_everything_else()
 
-    The block begins when the app has started and the port is open. It ends gracefully, however it ends: the server
-    stops accepting, answers the requests in flight, ends the app's lifespan, and leaves nothing behind.
+    The block begins when the app has started and the port is open. However the block ends, the server stops
+    gracefully: it stops accepting, answers the requests in flight, ends the app's lifespan, and leaves nothing behind.
 
     If the app's lifespan dies while the body runs, the body is cancelled and `ServerCrashedError` is raised. A server
-    that is asked to close (by a handler, or by `Server.close()`) does not end the block: await `Server.wait_closed()`
-    in it for that.
+    that is asked to close (by a handler, or by `Server.close()`) does not end the block; to end it then, await
+    `Server.wait_closed()` in it.
 
     Args:
-        app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`, which then says
-            all that it can say; beside it go `uds_mode`, `stop_on_signals` and our own times.
+        app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`. Beside a Config,
+            only `uds_mode`, `stop_on_signals` and aioserve's own timeouts can be given.
         host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
             ``"127.0.0.1"``.
         port: 0, the default, takes a free one, the same on every address.
         reuse_port: Whether other programs of yours may listen on the same port; the kernel gives each its share of the
             connections. Default: `False`.
-        uds: The path of a Unix socket, in place of a host and a port. A stale one there is replaced, anything else
-            refused; what was made is removed at the end. Default: `None`.
-        uds_mode: The permissions of that file; connecting takes the right to write. Default: 0o600.
-        fd: The descriptor of a listening socket, TCP or Unix, in place of all that. A duplicate is used; yours stays
-            open, as with `sockets`. Default: `None`.
-        sockets: Bound sockets to accept on, TCP or Unix, in place of all that. They are lent: they are never closed,
-            and what waits in their queue at the end is left to whoever takes them next. Default: `None`.
-        systemd: Whether to accept on the sockets that systemd hands down (``LISTEN_FDS``), and only if there are none
-            on those of the other options; a string is the name of one of them. Where systemd wants to know
-            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; of one with a name, only the
-            former. Default: `False`.
-        ssl: A ready `ssl.SSLContext`; whoever holds it can load new certificates into it meanwhile. Default: `None`;
+        uds: The path of a Unix socket, in place of a host and a port. A stale socket file there is replaced, anything
+            else is refused; the file is removed at the end. Default: `None`.
+        uds_mode: The permissions of that file; to connect, a client needs the right to write. Default: 0o600.
+        fd: The descriptor of a listening socket, TCP or Unix, in place of a host and a port. A duplicate is used; yours
+            stays open. Default: `None`.
+        sockets: Bound sockets to accept on, TCP or Unix, in place of a host and a port. They are lent: they are never
+            closed, and what waits in their queue at the end is left to their next user. Default: `None`.
+        systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``), and only if there are none on
+            those of the other options; a string is the name of one of them. Where systemd asks for it
+            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; for one with a name, only when
+            it is ready. Default: `False`.
+        ssl: A ready `ssl.SSLContext`. You can load new certificates into it while the server runs. Default: `None`;
             uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
-        lifespan: ``"auto"``, the default: an app that refuses the lifespan does without; one that began it and raised
-            has failed. ``"on"``: every exception is a failure. ``"off"``: the app is not asked.
+        lifespan: ``"auto"``, the default: an app may have no lifespan, but one that began it and raised has failed.
+            ``"on"``: every exception is a failure. ``"off"``: the app's lifespan is not run.
         startup_timeout: How long the app's startup may take, in seconds; `None` is no limit. Default: 60.
         shutdown_timeout: How long the requests in flight may take to finish when the block ends, in seconds; `None` is
             no limit. Then their handlers are cancelled. Default: 10.
-        drain_delay: How long to go on accepting when a stop is asked for, in seconds, while every response says
-            ``connection: close``: for balancers and kept-alive clients. Default: 0.
-        disconnect_after: How long after that a handler that waits in `receive()` is told ``http.disconnect``, in
-            seconds. The default, `None`, is not before the `shutdown_timeout`. Starlette's streaming responses listen,
-            also those that would end by themselves: 0 cuts downloads short.
+        drain_delay: How long to keep accepting when a stop is asked for, in seconds, while every response says
+            ``connection: close``: for load balancers and kept-alive clients. Default: 0.
+        disconnect_after: How long after the drain a handler that waits in `receive()` is told ``http.disconnect``, in
+            seconds. The default, `None`, is at the end of the `shutdown_timeout`. Starlette's streaming responses wait
+            for it, also those that would end by themselves: 0 cuts downloads short.
         stop_on_signals: `True` (SIGINT and SIGTERM), or the signals that end the block: its body is cancelled, and the
             block ends normally. A second one forces. Only in the main thread, and only where the loop does not handle
             the signal already. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
-            as it is. `access_log=False` silences this server only.
+            as it is. `access_log=False` is for this server only.
 
     Returns:
-        A context manager, whose block gets the `Server`; it says where it listens.
+        A context manager, whose block gets the `Server`.
 
     Raises:
         OSError: An address or a path cannot be bound, a name cannot be resolved, or a certificate cannot be read; the
@@ -111,22 +114,22 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         StartupInterruptedError: A signal came before it had started.
         ServerCrashedError: The app's lifespan died while the body ran.
         ShutdownError: The app's lifespan failed at its shutdown.
-        TypeError: An option is unknown, refused, of the wrong type, or in conflict with another.
+        TypeError: An option is unknown, refused, of the wrong type, or cannot be combined with another.
         ValueError: An option is out of range.
         RuntimeError: There is no running asyncio event loop, or a signal cannot be handled here.
     """
-    return Block(app, options)
+    return ServingContext(app, options)
 
 
 async def start(app: App, **options: Unpack[Options]) -> Server:
     """
     Start serving an ASGI app, and return when it has started.
 
-    This is for where a block does not fit: hooks for startup and shutdown, fixtures, notebook cells. Start and stop may
-    happen in different tasks, and nobody is ever cancelled: should the app's lifespan die, that is logged, and
+    Use it where a block does not fit: in hooks for startup and shutdown, fixtures, notebook cells. Start and stop may
+    happen in different tasks, and no task is ever cancelled: if the app's lifespan dies, that is logged, and
     `Server.wait_closed()` and `Server.aclose()` raise it. A signal that `stop_on_signals` asks for closes the server.
 
-    End it with ``await server.aclose()``. Where a block does fit: ``async with await start(app) as server``.
+    End it with ``await server.aclose()``; or with a block: ``async with await start(app) as server``.
 
     Args:
         app: As in `serving()`.
@@ -135,11 +138,12 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     Raises:
         OSError, StartupError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    check_backend()
+    check_loop()
     settings = parse(app, options)
     signals = Signals(settings.stop_on_signals)
+    signals.install()
     try:
-        server = await start_as(settings, signals)
+        server = await start_with(settings, signals)
         if signals.first is not None:
             async with server:
                 raise interrupted(signals)
@@ -174,27 +178,26 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
             nobody waiting, it returns.)
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    block = Block(app, options)
+    context = ServingContext(app, options)
     try:
-        async with block as server:
+        async with context as server:
             if task_status is not None:
                 task_status.started(server)
             await server.wait_closed()
     except StartupInterruptedError:
-        if not block.was_signalled() or task_status is not None:
+        if not context.was_signalled() or task_status is not None:
             raise
 
 
-async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Listener] | None = None) -> Server:
-    """
-    Start as the settings say, unless a signal comes; on what listens already, if it is given.
-    """
+async def start_with(settings: Settings, signals: Signals, listeners: Sequence[Listener] | None = None) -> Server:
+    """Start a server, unless a signal comes; on listeners, where there are some already."""
     if listeners is None:
         listeners = await listen(settings, signals)
     try:
-        with signals:  # which a signal interrupts
-            load(settings.config)
+        with signals:  # a signal interrupts the import
+            load_config(settings.config, settings.ssl)
         server = Server(Engine(settings, listeners))
+        server._engine.start()
     except BaseException as exc:
         for listener in listeners:
             listener.close()
@@ -207,9 +210,9 @@ async def start_as(settings: Settings, signals: Signals, listeners: Sequence[Lis
     return server
 
 
-async def wait_started(server: Closable, signals: Signals) -> None:
-    """Wait until it has started, unless a signal comes."""
-    signals.then(lambda: stop(server, signals))
+async def wait_started(server: ServerHandle, signals: Signals) -> None:
+    """Wait until a server has started, unless a signal comes."""
+    signals.on_signal(lambda: stop_by_signal(server, signals))
     try:
         await server._wait_started()
     except StartupInterruptedError:
@@ -221,15 +224,15 @@ async def wait_started(server: Closable, signals: Signals) -> None:
 async def listen(settings: Settings, signals: Signals) -> list[Listener]:
     """Listen where the settings say, unless a signal comes."""
     if not settings.stop_on_signals:
-        return await settings.listen(backlog=settings.config.backlog)
-    async with Interruptible() as listening:
-        signals.then(listening.interrupt)
-        return await settings.listen(backlog=settings.config.backlog)
+        return await settings.listen(settings.config.backlog)
+    async with InterruptScope() as scope:
+        signals.on_signal(scope.interrupt)
+        return await settings.listen(settings.config.backlog)
     raise interrupted(signals)
 
 
-def stop(server: Closable, signals: Signals) -> None:
-    """Do as a signal says, while there is no body that could."""
+def stop_by_signal(server: ServerHandle, signals: Signals) -> None:
+    """Close a server at a signal, while there is no body to cancel."""
     logger.info("%s: stopping %s", signals.first, server.url)
     server.close(timeout=0 if signals.count > 1 or not server._engine.started else None)
 
@@ -238,11 +241,11 @@ def interrupted(signals: Signals) -> StartupInterruptedError:
     return StartupInterruptedError(f"{signals.first} stopped the server before it had started")
 
 
-class Interruptible:
+class InterruptScope:
     """
-    A stretch of the current task that can be cancelled, for a reason of ours.
+    A part of the current task that can be cancelled for a reason of aioserve's.
 
-    The cancel is taken back where the stretch ends; so to the world around, it never was one.
+    The cancellation is taken back at the end of the block, so nobody outside sees it.
     """
 
     def __init__(self) -> None:
@@ -252,13 +255,13 @@ class Interruptible:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        # Cancellations that came before us are none of our business.
-        self._before = task.cancelling()
+        self._before = task.cancelling()  # cancellations that came earlier are left alone
         return self
 
     def interrupt(self) -> None:
-        # This is for another task, or the loop, to call; so the stretch is waiting for something, and meets the
-        # cancellation there. It cannot end without meeting it, and so leave it to whatever comes after us.
+        """Cancel the block, from another task or from the loop."""
+        # So the block is waiting for something, and gets the cancellation there. It cannot end before it has got it,
+        # and leave it to the code behind it.
         self._interrupts += 1
         self._task.cancel()
 
@@ -270,40 +273,38 @@ class Interruptible:
 
         for _ in range(self._interrupts):
             left = self._task.uncancel()
-        others = left > self._before
+        has_others = left > self._before
         if not isinstance(exc, asyncio.CancelledError):
             return False
-        # If an anyio scope is cancelled as well, the two have come as one. The scope would not know ours for its own,
-        # and would let it pass; here it can put in its own.
-        from anyio.lowlevel import checkpoint_if_cancelled  # for those who meet it only
+        # If an anyio scope is cancelled as well, the two have come as one. The scope would not recognize ours, and
+        # would let it pass; here it can raise its own.
+        from anyio.lowlevel import checkpoint_if_cancelled  # only where something was interrupted
 
         await checkpoint_if_cancelled()
-        return not others  # ours alone: what comes next says why
+        return not has_others  # ours alone is swallowed: what comes next says why
 
 
-class Body(Interruptible):
-    """
-    The body of a block, which a crash of its server cancels, and so does a signal.
-    """
+class ServingBody(InterruptScope):
+    """The body of a block, which is cancelled by a crash of its server, and by a signal."""
 
-    def __init__(self, server: Closable, signals: Signals) -> None:
+    def __init__(self, server: ServerHandle, signals: Signals) -> None:
         super().__init__()
         self._server = server
         self._engine = server._engine
         self._signals = signals
 
     async def __aenter__(self) -> Self:
-        # Something may have happened between the start and now.
+        # Something may have happened since the start.
         if self._engine.error is not None:
             raise self._engine.error
         if self._signals.first is not None:
             raise interrupted(self._signals)
         await super().__aenter__()
         self._engine.on_crash = self.interrupt
-        self._signals.then(self._signalled)
+        self._signals.on_signal(self._end_by_signal)
         return self
 
-    def _signalled(self) -> None:
+    def _end_by_signal(self) -> None:
         logger.info("%s: ending the block of %s", self._signals.first, self._server.url)
         if self._signals.count > 1:
             self._server.close(timeout=0)
@@ -313,21 +314,21 @@ class Body(Interruptible):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool:
         self._engine.on_crash = None
-        self._signals.then(lambda: stop(self._server, self._signals))
+        self._signals.on_signal(lambda: stop_by_signal(self._server, self._signals))
         return await super().__aexit__(exc_type, exc, tb)
 
 
-class Block:
+class ServingContext:
     """
     A server for the length of a block, once.
 
-    A generator could say this in four lines, and would cost a start and stop some 5 % more: a loop keeps a register of
-    its asynchronous generators.
+    An `asynccontextmanager` would be shorter, and would make a start and stop some 5 % slower: a loop keeps a register
+    of its asynchronous generators.
     """
 
     _signals: Signals
     _server: Server
-    _body: Body
+    _body: ServingBody
 
     def __init__(self, app: App, options: Options) -> None:
         self._app = app
@@ -335,19 +336,20 @@ class Block:
         self._entered = False
 
     async def __aenter__(self) -> Server:
-        check_backend()
+        check_loop()
         if self._entered:
-            raise RuntimeError("this block has been entered before; call serving() anew for each")
+            raise RuntimeError("this block was entered before; call serving() again for each block")
         self._entered = True
         settings = parse(self._app, self._options)
         self._signals = signals = Signals(settings.stop_on_signals)
+        signals.install()
         try:
-            self._server = await start_as(settings, signals)
-            self._body = Body(self._server, signals)
+            self._server = await start_with(settings, signals)
+            self._body = ServingBody(self._server, signals)
             try:
                 await self._body.__aenter__()
             except BaseException:
-                async with self._server:  # which ends it
+                async with self._server:  # which closes it
                     raise
         except BaseException:
             signals.release()
@@ -363,7 +365,7 @@ class Block:
             except BaseException:
                 async with self._server:
                     raise
-            if swallow:  # the server is not to take it for a cancellation from outside
+            if swallow:  # the server must not take it for a cancellation from outside
                 exc_type = exc = tb = None
             await self._server.__aexit__(exc_type, exc, tb)
             return swallow
@@ -375,7 +377,7 @@ class Block:
         return self._signals.first is not None
 
 
-def check_backend() -> None:
+def check_loop() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:

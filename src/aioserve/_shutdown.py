@@ -1,194 +1,171 @@
 """
-How a server stops, told as a story.
+How a server stops, from the call of `close()` to the last line.
 
     asked            `stopping` is set; from here every HTTP/1 response says "connection: close"
     drain            for `drain_delay`, it still accepts
-    stop accepting   one last look at what waits in the kernel's queue, then the listeners close
-    owe              what is idle closes at once; who has never sent anything gets a moment for a first request
+    stop accepting   one last look at the kernel's queue, then the listeners close; idle connections close
+    settle           what has arrived is read; a connection that has sent nothing yet gets 0.25 s for a first request
     finish           WebSockets get 1012; requests in flight run on, within `shutdown_timeout`
-    persuade         after `disconnect_after`, or when the budget is over, `receive()` says `http.disconnect`
-    force            budget over: handlers are cancelled and awaited, what is left of connections is dropped
+    disconnect       after `disconnect_after`, or when the budget is over, `receive()` says `http.disconnect`
+    force            budget over: handlers are cancelled and awaited, the connections that are left are dropped
     end              the app's lifespan shuts down, after the last handler
 
-So a request that had reached this machine is answered, and nobody waits who is owed nothing. Every wait is for a fact
-(a task that ended, a connection that is gone), and every wait is bounded. With nothing in flight no timer is made.
+So a request that had reached this machine is answered, and an idle connection is never waited for. Every wait is for a
+fact (a task that ended, a connection that is gone), and every wait is bounded. With nothing in flight no timer is made.
 """
 
-# No annotations from the future: a NamedTuple compiles each, if it is a string.
+from __future__ import annotations
 
 import asyncio
-import logging
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+import contextvars
+from typing import TYPE_CHECKING
 
+import anyio
+
+from aioserve import _limits
 from aioserve._errors import ShutdownError
+from aioserve._finish import finish
+from aioserve._report import Report
 
 if TYPE_CHECKING:
-    from aioserve._engine import Engine
-
-logger = logging.getLogger("aioserve")
-
-# How long a connection that has never sent anything may still do so, in seconds.
-FIRST_REQUEST = 0.25
-
-# How long cancelled handlers may take to end, in seconds; a handler that swallows its cancellation holds us no longer.
-CANCELLED_HANDLERS = 1.0
-
-# How many loop turns it takes, at most, until a connection that we accepted, closed or aborted is known, or gone, and
-# until what had arrived on it is read: one for the task that makes it, one for connection_made(), one to look at the
-# socket, one to read it. Most handlers have accepted their WebSocket by then.
-SETTLING_TURNS = 4
-
-# How many loop turns a handler gets that has been told of a disconnect, before it is cancelled: for a farewell.
-FAREWELL_TURNS = 10
+    from aioserve._connections import Connections
+    from aioserve._lifespan import Lifespan
+    from aioserve._settings import Settings
+    from aioserve._waiting import Condition
 
 
-class HeldUp(NamedTuple):
-    """A handler that was still running when the time for it was over."""
+class Shutdown:
+    """The stop of one server: it can be asked for at any time and any number of times, and is run once."""
 
-    method: str
-    """The request's method; ``"WEBSOCKET"`` for a WebSocket."""
-    path: str
-    client: tuple[str, int] | None
-    """The client's address and port, where it has any."""
-    where: tuple[str, ...]
-    """The coroutines that were waiting for each other, outermost first, each with file and line."""
-    stuck: bool
-    """Whether it went on all the same when the server had closed."""
+    asked_at: float | None = None
+    """When the stop was asked for first, in the loop's time."""
+    failure: Exception | None = None
+    """What went wrong where the first phase was run by whoever asked."""
+    is_expired: bool = False
+    """Whether the deadline of a `close()` is over."""
 
-    def __str__(self) -> str:
-        client = ":".join(map(str, self.client)) if self.client else "?"
-        inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
-        where = f" in {inner[-1]}" if inner else ""
-        return f"{self.method} {self.path} of {client}{where}{', which is stuck' if self.stuck else ''}"
+    _event: anyio.Event | None = None
+    _deadline: asyncio.TimerHandle | None = None
 
+    def __init__(
+        self, settings: Settings, connections: Connections, lifespan: Lifespan, condition: Condition, name: str
+    ) -> None:
+        self.is_set = False
+        self._settings = settings
+        self._connections = connections
+        self._lifespan = lifespan
+        self._condition = condition
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
 
-class Report(NamedTuple):
-    """How a server was closed."""
+    # Asked.
 
-    duration: float
-    """From the moment that it was asked to, in seconds."""
-    aborted: int
-    """Connections that had to be dropped."""
-    persuaded: tuple[HeldUp, ...]
-    """Handlers that were told of a disconnect because the time was over, and then ended by themselves."""
-    cancelled: tuple[HeldUp, ...]
-    """Handlers that had to be cancelled."""
-    lifespan_stuck: bool
-    """Whether the app's lifespan was cancelled, and went on all the same."""
+    def ask(self, deadline: float | None = None, *, begin: bool = False) -> None:
+        """
+        Ask for the stop; a deadline, in the loop's time, can only shorten it.
 
+        With `begin`, the first phase runs in this very step, which saves a task that waits for the end two loop turns.
+        """
+        if self.asked_at is None:
+            self.asked_at = self._loop.time()
+            self.set()
+            self._settings.notify_systemd("STOPPING=1")
+            if begin and self._may_begin():
+                try:
+                    # What is accepted here must not run in the context of whoever asks.
+                    self._context.run(self._stop_accepting)
+                except Exception as exc:  # noqa: BLE001 (it is raised at the end)
+                    self.failure = exc
+            self._connections.announce_close()
+        self._condition.notify()
+        if deadline is None:
+            return
+        if deadline <= self._loop.time():
+            self._condition.force()
+        elif self._deadline is None or deadline < self._deadline.when():
+            self.cancel_deadline()
+            self._deadline = self._loop.call_at(deadline, self._expire)
 
-Forced: TypeAlias = tuple[int, tuple[HeldUp, ...], tuple[HeldUp, ...]]
+    def set(self) -> None:
+        self.is_set = True
+        if self._event is not None:
+            self._event.set()
 
-_ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
+    @property
+    def event(self) -> anyio.Event:
+        """Set when the stop is asked for; made for those who look at it."""
+        if self._event is None:
+            self._event = anyio.Event()
+            if self.is_set:
+                self._event.set()
+        return self._event
 
+    def cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
 
-def longest(drain_delay: float, shutdown_timeout: float, grace: float) -> float:
-    """Return how long a stop can take, in seconds, where the app does not block the loop."""
-    return drain_delay + shutdown_timeout + CANCELLED_HANDLERS + max(shutdown_timeout, grace) + grace
+    def _expire(self) -> None:
+        self.is_expired = True
+        self._condition.notify()
 
+    def _may_begin(self) -> bool:
+        """
+        Whether the first phase may run outside the server's task.
 
-def begin_to_stop(engine: "Engine") -> None:
-    """
-    Do what needs no waiting, right before a stop is asked for; `shut_down()` goes on from there.
+        Where tasks start eagerly, a task can be inside any call of a protocol, and must not close it there.
+        """
+        return not (self._settings.drain_delay or self._settings.config.ssl or self._loop.get_task_factory())
 
-    So a server with nothing left to do has closed two turns of the loop later, and not four.
-    """
-    if engine.settings.drain_delay or not engine.started:
-        return
-    engine.acceptor.close()
-    engine.dismiss_idle()
-    if engine.is_left_alone():
-        engine.lifespan.tell()
+    # Run by the server's task.
 
+    async def run(self, *, drain: bool) -> tuple[Report, ShutdownError | None]:
+        """Stop, and return how it went, and what the app's lifespan raised. A server that has failed does not drain."""
+        asked_at = self._loop.time() if self.asked_at is None else self.asked_at
+        if drain and self._settings.drain_delay:
+            await self._condition.wait_for(lambda: self.is_expired, self._settings.drain_delay)
 
-async def shut_down(engine: "Engine") -> None:
-    loop = asyncio.get_running_loop()
-    settings = engine.settings
-    asked = loop.time() if engine.asked_at is None else engine.asked_at
+        self._stop_accepting()
+        report = Report() if self._connections.is_finished() else await self._finish()
 
-    # Drain; not after a crash, nor when the start has failed.
-    if settings.drain_delay and engine.started and not engine.crashed:
-        await engine.waiting.wait_for(lambda: engine.out_of_time, settings.drain_delay)
+        error = None
+        try:
+            await self._lifespan.shutdown(self._settings.shutdown_timeout)
+        except ShutdownError as exc:
+            error = exc
+        report.duration = self._loop.time() - asked_at
+        report.lifespan_stuck = self._lifespan.is_stuck
+        return report, error
 
-    # Stop accepting.
-    engine.acceptor.close()
-    forced: Forced = (0, (), ()) if engine.is_quiet() else await _finish(engine)
+    def _stop_accepting(self) -> None:
+        """Stop accepting, and close what is idle. It needs no waiting, and may be run twice."""
+        self._connections.acceptor.close()
+        self._connections.close_idle()
+        if self._connections.needs_no_app():
+            self._lifespan.request_shutdown()
 
-    # End.
-    try:
-        await engine.lifespan.shutdown(settings.shutdown_timeout)
-    except ShutdownError as exc:
-        if engine.error is None:
-            engine.error = exc
-        elif exc.__cause__ is not engine.error.__cause__:  # after a crash of the lifespan it is the same story
-            logger.error("the server had failed before, and now: %s", exc, exc_info=exc)
-    engine.report = Report(loop.time() - asked, *forced, engine.lifespan.stuck)
+    async def _finish(self) -> Report:
+        connections, condition = self._connections, self._condition
+        budget = self._settings.shutdown_timeout
 
+        # Settle.
+        if not connections.is_settled():
+            await condition.turns(_limits.SETTLING_TURNS)
+        began = self._loop.time()
+        connections.close_unneeded(wait_for_new=True)
+        if connections.has_new():
+            grace = _limits.FIRST_REQUEST if budget is None else min(_limits.FIRST_REQUEST, budget)
+            await condition.wait_for(lambda: not connections.has_new() or self.is_expired, grace)
+            connections.close_unneeded(wait_for_new=False)
+        if condition.forced:
+            await condition.turns(_limits.SETTLING_TURNS)
 
-async def _finish(engine: "Engine") -> Forced:
-    """
-    Finish with the connections and requests that there are; by force, when their time is over.
-
-    Returns:
-        What a report says first of what had to be forced.
-    """
-    loop = asyncio.get_running_loop()
-    waiting = engine.waiting
-    budget, patience = engine.settings.shutdown_timeout, engine.settings.disconnect_after
-
-    if not engine.is_settled():
-        await waiting.turns(SETTLING_TURNS)
-    began = loop.time()
-
-    def time_left(limit: float | None) -> float | None:
-        return None if limit is None else max(0.0, began + limit - loop.time())
-
-    def over() -> bool:
-        return engine.is_quiet() or engine.out_of_time
-
-    # Owe, and finish.
-    engine.dismiss(patient=True)
-    if not engine.nobody_is_silent():
-        grace = FIRST_REQUEST if budget is None else min(FIRST_REQUEST, budget)
-        await waiting.wait_for(lambda: engine.nobody_is_silent() or engine.out_of_time, grace)
-        engine.dismiss(patient=False)
-    if waiting.forced:
-        await waiting.turns(SETTLING_TURNS)
-
-    # Persuade.
-    if patience is not None and (budget is None or patience < budget):
-        if patience:
-            await waiting.wait_for(over, time_left(patience))
-        engine.persuade()
-    await waiting.wait_for(over, time_left(budget))
-    if engine.is_quiet():
-        return 0, (), ()
-    held_up = engine.held_up()
-    if held_up:
-        engine.persuade()
-        await waiting.turns(FAREWELL_TURNS)
-
-    # Force.
-    aborted = 0
-    to_cancel = {task: handler for task, handler in held_up.items() if not task.done()}
-    if not engine.is_quiet():
-        engine.cancel_handlers()
-        await waiting.wait_for(lambda: not engine.has_handlers(), CANCELLED_HANDLERS, even_if_forced=True)
-        aborted = engine.abort_connections()
-        await waiting.turns(SETTLING_TURNS)
-    cancelled = tuple(handler._replace(stuck=not task.done()) for task, handler in to_cancel.items())
-    persuaded = tuple(handler for task, handler in held_up.items() if task not in to_cancel)
-    if aborted or held_up:
-        logger.warning("%s", in_one_line(engine.urls[0], aborted, persuaded, cancelled))
-    return aborted, persuaded, cancelled
-
-
-def in_one_line(url: str, aborted: int, persuaded: tuple[HeldUp, ...], cancelled: tuple[HeldUp, ...]) -> str:
-    line = (
-        f"{url} was stopped by force; handlers told to end: {len(persuaded)}, cancelled: {len(cancelled)}; "
-        f"connections dropped: {aborted}"
-    )
-    shown = [str(handler) for handler in (*cancelled, *persuaded)[:5]]
-    if len(cancelled) + len(persuaded) > len(shown):
-        shown.append("...")
-    return f"{line} ({'; '.join(shown)})" if shown else line
+        return await finish(
+            connections,
+            condition,
+            name=self._name,
+            budget=budget,
+            disconnect_after=self._settings.disconnect_after,
+            since=began,
+            is_expired=lambda: self.is_expired,
+        )

@@ -1,14 +1,13 @@
 """
-Stop signals: who asked for them, and what was there before. The one file that knows `signal.signal`.
+Stop signals: handles them and restores what was there before. The only file that uses `signal.signal()`.
 
-There is one handler per signal, and programs save and put back each other's in any order. So ours is an object of its
-own each time that it is put on top of another's: it remembers what it has replaced, and once nobody who put it there
-needs it any more, that comes back; or, where somebody has put his own on top meanwhile, ours steps aside, and does what
-it had replaced, should it ever be called again. A signal goes to everyone who asked for it, whichever of our handlers
-is on top.
+A signal has one handler, and programs save and restore each other's handlers in any order. So each time that a server
+replaces another handler, it installs a new `_Handler`, which remembers the one it replaced. When no server needs it any
+more, the replaced handler is restored. If somebody else has replaced ours in between, it stays, and calls the handler
+that it replaced. A signal goes to all servers that asked for it, whichever of our handlers is installed.
 
-A handler can interrupt any line of Python in the main thread. So it only takes notes and wakes the loop, which acts.
-(`loop.add_signal_handler()` would do so, too; but it cannot say what was there before, and puts nothing back.)
+A handler can interrupt any line of Python in the main thread, so it only records the signal and wakes the loop, which
+acts. (`loop.add_signal_handler()` would do that, too, but does not know what was there before, and restores nothing.)
 """
 
 from __future__ import annotations
@@ -26,53 +25,53 @@ if TYPE_CHECKING:
     from types import FrameType
 
 Previous: TypeAlias = Callable[[int, Any], Any] | int | signal.Handlers
-Act: TypeAlias = Callable[[], object]
+Action: TypeAlias = Callable[[], object]
 
 
 class Interrupted(BaseException):
-    """What a signal raises in the middle of an import, which no loop can interrupt."""
+    """Raised by a signal in the middle of an import, which the loop cannot interrupt."""
 
 
 class Signals:
-    """
-    The stop signals that one server asked for, from now until `release()`.
-
-    With no signals it is nothing, and nothing is touched.
-
-    Raises:
-        RuntimeError: A signal cannot be taken: not from this thread, or not from who handles it now. None is then.
-    """
+    """The stop signals of one server, from `install()` to `release()`; with no signals, neither changes anything."""
 
     def __init__(self, wanted: Sequence[int] = ()) -> None:
         self.first: str | None = None
-        """The name of the first one that came."""
+        """The name of the first signal that came."""
         self.count: int = 0
-        """How many have come."""
+        """How many signals have come."""
 
-        self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
-        self._act: Act | None = None
+        self._wanted = wanted
+        self._loop: asyncio.AbstractEventLoop
+        self._pid: int
+        self._action: Action | None = None
         self._interrupting = False
         self._handlers: list[_Handler] = []
-        for signum in wanted:
-            _check_free(signum, self._loop)
+
+    def install(self) -> None:
+        """
+        Handle the signals from now on, in the running loop.
+
+        Raises:
+            RuntimeError: A signal cannot be handled in this thread, or has a handler that cannot be restored. Then none
+                is handled.
+        """
+        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        for signum in self._wanted:
+            _check_available(signum, self._loop)
         try:
-            for signum in wanted:
+            for signum in self._wanted:
                 self._handlers.append(_install(signum, self))
         except BaseException:
             self.release()
             raise
 
-    def then(self, act: Act | None) -> None:
-        """Say what the loop is to do at each signal from now on."""
-        self._act = act
+    def on_signal(self, action: Action | None) -> None:
+        """Set what the loop does at each signal from now on."""
+        self._action = action
 
     def __enter__(self) -> None:
-        """
-        Raise `Interrupted` in the block at once, when a signal comes or has come; for what holds up the loop.
-
-        Python itself does so at Ctrl+C.
-        """
+        """Raise `Interrupted` in the block when a signal comes, or now if one has; for code that blocks the loop."""
         try:
             self._interrupting = True  # from here on, a signal may raise it as well
             if self.count:
@@ -85,90 +84,90 @@ class Signals:
         self._interrupting = False
 
     def release(self) -> None:
-        """Want nothing more, and put back what was there before, as far as it is ours to put back."""
-        self._act = None
+        """Stop handling the signals, and restore the previous handlers, unless others have replaced ours."""
+        self._action = None
         if not self._handlers:
             return
         handlers, self._handlers = self._handlers, []
         for handler in handlers:
-            handler.asked_by.discard(self)
-        if threading.current_thread() is threading.main_thread():  # else it is garbage, collected anywhere
+            handler.users.discard(self)
+        if threading.current_thread() is threading.main_thread():  # otherwise it is collected as garbage, in any thread
             for handler in handlers:
-                _put_back(handler.signum)
+                _restore(handler.signum)
 
     @property
-    def is_deaf(self) -> bool:
-        """Whether it cannot be told any more: its loop is closed, or this is a fork of the process that asked."""
+    def is_detached(self) -> bool:
+        """Whether no signal can reach it any more: its loop is closed, or this is a fork of its process."""
         return self._loop.is_closed() or self._pid != os.getpid()
 
-    def take_note(self, signum: int) -> bool:
-        """Take note of a signal, in its handler; return whether to raise `Interrupted` there."""
+    def record(self, signum: int) -> bool:
+        """Record a signal, in its handler; return whether to raise `Interrupted` there."""
         self.count += 1
         if self.first is None:
-            self.first = name_of(signum)
-        self._loop.call_soon_threadsafe(self._tell)  # which also wakes it up
-        return self._interrupting  # each time: code that is imported may have swallowed the last one
+            self.first = signal_name(signum)
+        self._loop.call_soon_threadsafe(self._act)  # which also wakes the loop
+        return self._interrupting  # also at later signals, since an import may have swallowed the first one
 
-    def _tell(self) -> None:
-        if self._act is not None:
-            self._act()
+    def _act(self) -> None:
+        if self._action is not None:
+            self._action()
 
 
 class _Handler:
-    """What Python calls at a signal; and what it has replaced."""
+    """The handler that Python calls at a signal, and the one that it has replaced."""
 
     def __init__(self, signum: int, previous: Previous) -> None:
         self.signum = signum
         self.previous = previous
-        self.asked_by: WeakSet[Signals] = WeakSet()
+        self.users: WeakSet[Signals] = WeakSet()
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        hearing = [each for handler in _HANDLERS if handler.signum == signum for each in handler.hearing()]
-        if not hearing:
-            _do_as(self.previous, signum, frame)
-        notes = [each.take_note(signum) for each in hearing]
-        if any(notes):
+        users = [each for handler in _HANDLERS if handler.signum == signum for each in handler.attached()]
+        if not users:
+            _call(self.previous, signum, frame)
+        interrupting = [each.record(signum) for each in users]
+        if any(interrupting):
             raise Interrupted
 
-    def hearing(self) -> list[Signals]:
-        return [each for each in self.asked_by if not each.is_deaf]
+    def attached(self) -> list[Signals]:
+        return [each for each in self.users if not each.is_detached]
 
     def __repr__(self) -> str:
-        return f"<aioserve's handler for {name_of(self.signum)}>"
+        return f"<aioserve's handler for {signal_name(self.signum)}>"
 
 
-# All that may still be somewhere: as long as somebody asks for a signal, or has saved the handler to put it back.
+# Our handlers, as long as a server uses one, or a program keeps one to restore it.
 _HANDLERS: WeakSet[_Handler] = WeakSet()
 
 
-def name_of(signum: int) -> str:
+def signal_name(signum: int) -> str:
     try:
         return signal.Signals(signum).name
     except ValueError:
-        return f"signal {signum}"  # a real-time one
+        return f"signal {signum}"  # a real-time signal
 
 
-def _check_free(signum: int, loop: asyncio.AbstractEventLoop) -> None:
+def _check_available(signum: int, loop: asyncio.AbstractEventLoop) -> None:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
-            f"stop_on_signals: Python handles {name_of(signum)} in the main thread only, and this is another; "
-            "call close() from there, which is safe"
+            f"stop_on_signals: Python handles {signal_name(signum)} only in the main thread, and this is another "
+            "thread; handle it in the main thread and call close(), which is thread-safe"
         )
     handler = signal.getsignal(signum)
     if handler is None:
         raise RuntimeError(
-            f"stop_on_signals: {name_of(signum)} is handled by something that is not Python's and that could not be "
-            "put back; call close() from there"
+            f"stop_on_signals: {signal_name(signum)} has a handler that Python did not install and cannot restore; "
+            "call close() in that handler"
         )
-    # asyncio's loop leaves a function of its own there, and uvloop's a method of itself.
+    # asyncio's loop installs a function of its own, and uvloop's a method of itself.
     if getattr(handler, "__module__", None) == "asyncio.unix_events" or getattr(handler, "__self__", None) is loop:
         raise RuntimeError(
-            f"stop_on_signals: your event loop handles {name_of(signum)} already (add_signal_handler()); "
+            f"stop_on_signals: your event loop already handles {signal_name(signum)} (add_signal_handler()); "
             "call close() in your own handler"
         )
 
 
-def _install(signum: int, wanted_by: Signals) -> _Handler:
+def _install(signum: int, user: Signals) -> _Handler:
     current = signal.getsignal(signum)
     if isinstance(current, _Handler):
         handler = current
@@ -177,35 +176,35 @@ def _install(signum: int, wanted_by: Signals) -> _Handler:
         handler = _Handler(signum, current)
         signal.signal(signum, handler)
         _HANDLERS.add(handler)
-    handler.asked_by.add(wanted_by)
+    handler.users.add(user)
     return handler
 
 
-def _put_back(signum: int) -> None:
-    """Take the handler on top away, if it is ours and nobody needs it."""
+def _restore(signum: int) -> None:
+    """Replace the installed handler by its previous one, if it is ours and no server needs it."""
     current = signal.getsignal(signum)
-    if isinstance(current, _Handler) and not current.hearing():
-        signal.signal(signum, _still_good(current.previous))
+    if isinstance(current, _Handler) and not current.attached():
+        signal.signal(signum, _still_valid(current.previous))
 
 
-def _still_good(previous: Previous) -> Previous:
+def _still_valid(previous: Previous) -> Previous:
     """
-    What is to be put back: what was there, or what whoever was there would have put back by now.
+    Return the handler to restore: the previous one, or the one that its owner would have restored by now.
 
-    `asyncio.Runner.run()` handles SIGINT, and takes that back in its end; but not if it finds ours on top.
+    `asyncio.Runner.run()` handles SIGINT, and restores the default handler when it ends, unless ours is installed then.
     """
     if isinstance(previous, functools.partial):
-        by_a_runner = isinstance(getattr(previous.func, "__self__", None), asyncio.Runner)
+        is_runners = isinstance(getattr(previous.func, "__self__", None), asyncio.Runner)
         for task in previous.keywords.values():
-            if by_a_runner and isinstance(task, asyncio.Task) and task.done():
+            if is_runners and isinstance(task, asyncio.Task) and task.done():
                 return signal.default_int_handler
     return previous
 
 
-def _do_as(handler: Previous, signum: int, frame: FrameType | None) -> None:
+def _call(handler: Previous, signum: int, frame: FrameType | None) -> None:
     if callable(handler):
         handler(signum, frame)
     elif handler == signal.SIG_DFL:
         ours = signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)  # the end, for most of them
+        signal.raise_signal(signum)  # which ends the process, with most signals
         signal.signal(signum, ours)

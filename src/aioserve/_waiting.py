@@ -1,6 +1,5 @@
 """
-How a server's own task begins, and how it waits: for facts, never on a clock, and never to be thrown off by a
-cancellation.
+How a server's own task starts, and how it waits: for facts, never by a clock, and never ended by a cancellation.
 """
 
 from __future__ import annotations
@@ -9,18 +8,23 @@ import asyncio
 import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from aioserve import _limits
+
+if TYPE_CHECKING:
+    from aioserve._report import Report
 
 T = TypeVar("T")
 
-TURNS_BEFORE_A_TIMER = 3
 
-
-def begin(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
     """
-    Make a task, and do its first step at once, which saves a turn of the loop.
+    Make a task and run its first step at once, which saves a turn of the loop.
 
-    The first step has to wait on Python 3.11, and where the program makes its tasks in a way of its own.
+    On Python 3.11, or where the program has a task factory of its own, the first step comes in the next turn.
     """
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
@@ -28,21 +32,75 @@ def begin(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyn
     return loop.create_task(coroutine, name=name)
 
 
+async def outlast(
+    is_over: Callable[[], bool], wait: Callable[[], Awaitable[object]], on_cancel: Callable[[], object]
+) -> asyncio.CancelledError | None:
+    """
+    Wait until something is over, whatever happens; return the first native cancellation, for the caller to raise.
+
+    An anyio scope delivers its cancellation again on every loop turn, hence the shield. A native cancellation passes
+    through a shield, but only once.
+    """
+    first: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not is_over():
+            try:
+                await wait()
+            except asyncio.CancelledError as exc:
+                first = first or exc
+                on_cancel()
+    return first
+
+
+class ServerTask:
+    """What runs a server, here or in a child process, as those who hold the server see it."""
+
+    urls: list[str]
+    started: bool = False
+    error: BaseException | None = None
+    """What went wrong: an `OSError` or a `ServingError`."""
+    report: Report | None = None
+    on_crash: Callable[[], None] | None = None
+    """Called when the server dies while it is serving."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        """Done when the server has started, or has failed to."""
+        self.closed = asyncio.Event()
+
+    def close(self, deadline: float | None = None, *, begin: bool = False) -> None:
+        """
+        Ask for a graceful stop, from anywhere; a deadline, in the loop's time, can only shorten it.
+
+        With `begin`, the caller is a task of the server's loop that is about to wait for the end.
+        """
+        raise NotImplementedError
+
+    def owns(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether the task belongs to the server: the lifespan's, or that of a request or a WebSocket."""
+        return False
+
+    def _set_ready(self) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+
 @types.coroutine
 def _turn() -> Generator[None, None, None]:
     yield
 
 
-class Waiting:
+class Condition:
     """
-    Lets the one task of a server sleep until something is so, and look again after every change.
+    Lets the one task of a server wait until a predicate holds.
 
-    Whoever changes something calls `notify()`, as with an `asyncio.Condition`, but without a lock: all of it happens in
-    one loop. Only one task may wait at a time.
+    Whoever changes something calls `notify()`, as with an `asyncio.Condition`, but without a lock: everything happens
+    in one loop. Only one task may wait at a time.
 
     Cancelling that task does not end its wait: a server whose task is cancelled still has handlers to await and a
-    lifespan to end. It *forces* instead, once for all: from then on only what is bounded by its own timeout is waited
-    for. (At its end `asyncio.run` cancels every task, ours included.)
+    lifespan to end. Instead it *forces*, from then on: only waits that are bounded by their own timeout go on. (At its
+    end `asyncio.run()` cancels every task, this one included.)
     """
 
     def __init__(self) -> None:
@@ -51,11 +109,13 @@ class Waiting:
         self._sleeper: asyncio.Future[None] | None = None
 
     def notify(self) -> None:
+        """Let the waiting task look at its predicate again."""
         self._changed = True
         if self._sleeper is not None and not self._sleeper.done():
             self._sleeper.set_result(None)
 
     def force(self) -> None:
+        """End every wait that is not bounded by its own timeout, now and later."""
         self.forced = True
         self.notify()
 
@@ -63,16 +123,14 @@ class Waiting:
         self, predicate: Callable[[], bool], timeout: float | None = None, *, even_if_forced: bool = False
     ) -> bool:
         """
-        Wait until the predicate holds, `timeout` seconds are over, or force is used; return the predicate.
+        Wait until the predicate holds, the timeout is over, or `force()` is called; return the predicate.
 
-        Args:
-            predicate: What is waited for; looked at once for each loop turn in which something changed.
-            timeout: In seconds; `None` for no limit.
-            even_if_forced: Go on waiting when forced. Give a timeout with it.
+        It is evaluated once for each loop turn in which something changed. With `even_if_forced`, only the timeout ends
+        the wait.
         """
         expired = False
 
-        def over() -> bool:
+        def is_over() -> bool:
             return predicate() or expired or (self.forced and not even_if_forced)
 
         def expire() -> None:
@@ -82,18 +140,18 @@ class Waiting:
 
         timer = None
         if timeout is not None:
-            # Most things are over within a few loop turns, and then need no timer.
-            for _ in range(TURNS_BEFORE_A_TIMER):
-                if over():
+            # Most waits are over within a few loop turns, and need no timer.
+            for _ in range(_limits.TURNS_BEFORE_TIMER):
+                if is_over():
                     return predicate()
                 await self.turns(1)
             timer = asyncio.get_running_loop().call_later(timeout, expire)
 
         try:
             while True:
-                # Before looking: a signal handler may change something at any point from here on.
+                # Cleared before the look: a signal handler may change something at any point from here on.
                 self._changed = False
-                if over():
+                if is_over():
                     break
                 self._sleeper = asyncio.get_running_loop().create_future()
                 if not self._changed:
@@ -104,7 +162,7 @@ class Waiting:
         return predicate()
 
     async def turns(self, count: int) -> None:
-        """Let the loop turn: for what it has already put on its list for the next turns."""
+        """Let the loop turn, for what it has already scheduled for its next turns."""
         for _ in range(count):
             await self._sleep(_turn())
 

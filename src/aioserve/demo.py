@@ -1,10 +1,10 @@
 """
-The idea in one screen: an asyncio program with a web server inside.
+An asyncio program with a web server inside.
 
     python -m aioserve.demo
 
-A worker counts; an app shows the count as JSON, as an endless stream of events and over a WebSocket; a client calls all
-three. The worker, the server and the client are coroutines of one loop. Then the page is yours, until Ctrl+C.
+A worker counts. An app shows the count as JSON, as an endless stream of events and over a WebSocket, and a client calls
+all three. The worker, the server and the client run in one loop. Then the app's page can be opened in a browser.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ try:
     from fastapi.responses import HTMLResponse, StreamingResponse
     from websockets.asyncio.client import connect
 except ImportError as _missing:
-    sys.exit(f"The demo needs {_missing.name}, which the extra `demo` installs: pip install '.[demo]'")
+    sys.exit(f"The demo requires {_missing.name}; install it with pip install 'aioserve-asgi[demo]'")
 
 from aioserve import Server, serving
 
 
 class Worker:
-    """What the program is really about: here, it counts."""
+    """The program's real work; here, it counts."""
 
     def __init__(self) -> None:
         self.count: int = 0
         self._counted = asyncio.Event()
 
     async def run(self) -> None:
-        """Count for ever."""
+        """Count until cancelled."""
         while True:
             await asyncio.sleep(0.1)
             self.count += 1
@@ -44,7 +44,7 @@ class Worker:
             self._counted = asyncio.Event()
 
     async def counted(self, server: Server) -> None:
-        """Wait for the next count, or for the server's stop."""
+        """Wait until the next count, or until the server is asked to stop."""
         waiting = [asyncio.ensure_future(event.wait()) for event in (self._counted, server.stopping)]
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -54,7 +54,7 @@ class Worker:
 
 
 def make_app(worker: Worker) -> FastAPI:
-    """Make the app; it and the worker share their objects, since they share a loop."""
+    """Make the app, which can use the worker directly, since both run in one loop."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, float]]:
@@ -77,7 +77,7 @@ def make_app(worker: Worker) -> FastAPI:
         server: Server = request.state.aioserve
 
         async def counts() -> AsyncIterator[str]:
-            while not server.stopping.is_set():  # an endless stream, which ends when the server is to
+            while not server.stopping.is_set():  # so that the stream ends when the server stops
                 yield f"data: {worker.count}\n\n"
                 await worker.counted(server)
 
@@ -94,7 +94,7 @@ def make_app(worker: Worker) -> FastAPI:
 
 
 async def call_everything(server: Server) -> None:
-    """Be a client of the server, in the server's own loop."""
+    """Call the server from a client in the same loop."""
     async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
         print("  GET /count:     ", (await client.get("/count")).text)
         async with client.stream("GET", "/events") as response:
@@ -112,11 +112,11 @@ async def main(port: int, *, once: bool) -> None:
     try:
         before = time.perf_counter()
         async with serving(make_app(worker), port=port) as server:
-            print(f"started in {milliseconds(before)}, the first time with uvicorn's imports: {server.url}")
+            print(f"started in {milliseconds(before)}, with the import of uvicorn: {server.url}")
             try:
                 await call_everything(server)
                 if not once:
-                    print(f"open {server.url} in a browser; Ctrl+C stops, and --port {server.port} starts again there")
+                    print(f"open {server.url} in a browser; Ctrl+C stops, --port {server.port} uses this port again")
                     await server.wait_closed()
             finally:
                 before = time.perf_counter()
@@ -129,7 +129,7 @@ async def main(port: int, *, once: bool) -> None:
 
 
 def milliseconds(since: float) -> str:
-    """Tell how long ago that was."""
+    """Return how long ago that was."""
     return f"{(time.perf_counter() - since) * 1000:.1f} ms"
 
 
@@ -139,20 +139,19 @@ PAGE: str = """\
 <meta charset="utf-8">
 <title>aioserve</title>
 <style>
+  :root { color-scheme: light dark }
   body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem }
   output { font-weight: 600; font-variant-numeric: tabular-nums }
-  code { background: #eee; padding: 0 .3em; border-radius: .2em }
-  @media (prefers-color-scheme: dark) { body { background: #111; color: #ddd } code { background: #333 } }
 </style>
-<h1>One loop, three conversations</h1>
-<p>A worker counts; this page hears of it in three ways. All of it is one asyncio program.</p>
+<h1>One loop, three ways to talk</h1>
+<p>A worker counts, and this page shows the count in three ways. All of it is one asyncio program.</p>
 <ul>
-  <li><code>GET /count</code>, asked once a second: <output id="count">…</output>
+  <li><code>GET /count</code>, once a second: <output id="count">…</output>
   <li><code>GET /events</code>, an endless stream: <output id="events">…</output>
-  <li><code>WebSocket /echo</code>, answered once a second: <output id="echo">…</output>
+  <li><code>WebSocket /echo</code>, once a second: <output id="echo">…</output>
 </ul>
-<p>Stop the program, and the stream ends and the WebSocket closes with <code>1012</code>; start it on the same port,
-and this page goes on.</p>
+<p>When the program stops, the stream ends, and the WebSocket closes with <code>1012</code>. When it is started again on
+the same port, this page continues.</p>
 <script>
   const show = (id, text) => document.getElementById(id).textContent = text
   const lost = "no server"
@@ -188,13 +187,13 @@ and this page goes on.</p>
 def command_line() -> None:
     """Run the demo as its arguments say."""
     parser = argparse.ArgumentParser(prog="python -m aioserve.demo", description="A program with a server inside.")
-    parser.add_argument("--port", type=int, default=0, help="the port to serve on; 0, the default, takes a free one")
-    parser.add_argument("--once", action="store_true", help="end after the calls, without waiting for a browser")
+    parser.add_argument("--port", type=int, default=0, help="the port to serve on; 0, the default, takes a free port")
+    parser.add_argument("--once", action="store_true", help="exit after the calls; do not wait for a browser")
     arguments = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(main(arguments.port, once=arguments.once))
-        except (OSError, ValueError) as exc:  # a port that is busy, or none
+        except (OSError, ValueError) as exc:  # the port is busy or invalid
             sys.exit(f"The demo cannot start: {exc}")
 
 

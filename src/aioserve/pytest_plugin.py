@@ -1,11 +1,11 @@
 """
-Fixtures for pytest: real servers, and clients for them, on the test's own event loop.
+Fixtures for pytest: real servers and their clients, in the test's own event loop.
 
-pytest loads this in every run of everybody who has aioserve installed. So it imports nothing but pytest, and what a
-fixture needs only where it is used.
+pytest loads this file in every run, wherever aioserve is installed. So it imports only pytest; a fixture imports what
+it needs when it is used.
 
-Async fixtures belong to the plugin that runs the loop. Behind each public fixture there are therefore several private
-ones, all made of the same function: one for anyio's plugin, and one for each loop that pytest-asyncio can have.
+An async fixture belongs to the plugin that runs the loop. So each public fixture uses one of several private fixtures,
+all made from one function: one for anyio's plugin, and one for each loop that pytest-asyncio can have.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from aioserve.testing import TLS, ClientFactory, LiveServerFactory, Opened, ServerFactory
+    from aioserve.testing import TLS, ClientFactory, LiveServerFactory, ServerFactory
+    from aioserve.testing.fixtures import Opened
 
-# pytest's, narrowest first.
+# pytest's scopes, narrowest first.
 SCOPES = ("function", "class", "module", "package", "session")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the private fixtures for pytest-asyncio, where it is in use."""
+    """Register the private fixtures for pytest-asyncio, if it is used."""
     if _uses_pytest_asyncio(config):
         config.pluginmanager.register(_for_pytest_asyncio(), "aioserve for pytest-asyncio")
 
 
 def _make_server(request: pytest.FixtureRequest) -> ServerFactory:
     """
-    Start servers on the test's own loop: ``server = await aioserve_server(app, **options)``.
+    Start servers in the test's own loop: ``server = await aioserve_server(app, **options)``.
 
-    They are closed in reverse order at the end of the fixture's scope. Whatever had to be forced then fails the test,
-    as does a crash of the app's lifespan. The arguments are those of `aioserve.testing.server()`.
+    They are closed in reverse order at the end of the fixture's scope. A server that had to use force then, or whose
+    lifespan crashed, fails the test. The arguments are those of `aioserve.testing.server()`.
     """
     return _opened(request).server
 
@@ -45,7 +46,7 @@ def _make_client(request: pytest.FixtureRequest) -> ClientFactory:
     """
     Open HTTP clients: ``client = await aioserve_client(app_or_server, **options)``.
 
-    An app is served for it, as by the fixture for servers. The arguments are those of `aioserve.testing.client()`.
+    An app is served as by the fixture for servers. The arguments are those of `aioserve.testing.client()`.
     """
     return _opened(request).client
 
@@ -57,7 +58,7 @@ def _make_live_server() -> Iterator[LiveServerFactory]:
     They are closed in reverse order at the end of the fixture's scope. The arguments are those of
     `aioserve.testing.live_server()`.
     """
-    from aioserve.testing import LiveServers
+    from aioserve.testing.fixtures import LiveServers
 
     with LiveServers() as servers:
         yield servers.start
@@ -65,7 +66,7 @@ def _make_live_server() -> Iterator[LiveServerFactory]:
 
 @pytest.fixture(scope="session")
 def aioserve_tls() -> TLS:
-    """A throw-away certificate authority: `aioserve_tls.server` and `aioserve_tls.client` are SSL contexts."""
+    """Return a certificate authority for tests; its `server` and `client` are SSL contexts."""
     from aioserve.testing import tls
 
     return tls()
@@ -85,11 +86,11 @@ session_aioserve_live_server: object = pytest.fixture(_make_live_server, scope="
 
 
 def _opening() -> Callable[[], AsyncIterator[Opened]]:
-    """Make the one function of which all private fixtures are made; pytest-asyncio marks it, so each has its own."""
+    """Make the function of a private fixture; each needs its own, since pytest-asyncio marks it."""
 
     async def opening() -> AsyncIterator[Opened]:
         __tracebackhide__ = True
-        from aioserve.testing import Opened
+        from aioserve.testing.fixtures import Opened
 
         async with Opened() as opened:
             yield opened
@@ -103,7 +104,7 @@ _aioserve_session_anyio = pytest.fixture(_opening(), scope="session")
 
 
 def _for_pytest_asyncio() -> ModuleType:
-    """Make a plugin of the fixtures for each loop in which a fixture of a scope can live."""
+    """Make a plugin with a private fixture for each scope and each loop in which it can run."""
     import pytest_asyncio
 
     plugin = ModuleType("aioserve for pytest-asyncio")
@@ -116,7 +117,7 @@ def _for_pytest_asyncio() -> ModuleType:
 
 
 def _opened(request: pytest.FixtureRequest) -> Opened:
-    """Return what the plugin that runs the test's loop has opened for this scope."""
+    """Return the private fixture of the plugin that runs the test's loop."""
     asyncio_plugin = _uses_pytest_asyncio(request.config)
     if asyncio_plugin and _is_run_by_pytest_asyncio(request):
         runner = f"asyncio_{_loop_scope(request)}"
@@ -128,8 +129,8 @@ def _opened(request: pytest.FixtureRequest) -> Opened:
     else:
         live = str(request.fixturename).replace("_client", "_server").replace("_server", "_live_server")
         pytest.fail(
-            f"{request.fixturename} is for async tests: mark this one with pytest.mark.anyio, or with "
-            f"pytest.mark.asyncio where pytest-asyncio is installed; a synchronous test takes {live}",
+            f"{request.fixturename} is for async tests: mark this test with pytest.mark.anyio, or with "
+            f"pytest.mark.asyncio if pytest-asyncio is installed; in a synchronous test, use {live}",
             pytrace=False,
         )
     opened: Opened = request.getfixturevalue(f"_aioserve_{request.scope}_{runner}")
@@ -142,14 +143,14 @@ def _uses_pytest_asyncio(config: pytest.Config) -> bool:
 
 
 def _is_run_by_pytest_asyncio(request: pytest.FixtureRequest) -> bool:
-    """Whether the test is. A fixture of a wider scope does not know its tests."""
+    """Return whether pytest-asyncio runs the test; a fixture of a wider scope does not know its tests."""
     import pytest_asyncio
 
     return isinstance(request.node, pytest.Item) and pytest_asyncio.is_async_test(request.node)
 
 
 def _loop_scope(request: pytest.FixtureRequest) -> str:
-    """The scope of the loop that the test, or the module, asks of pytest-asyncio; at least the fixture's own."""
+    """Return the scope of the loop that the test or module asks for; at least the fixture's own."""
     marker = request.node.get_closest_marker("asyncio")
     asked: str | None = marker.kwargs.get("loop_scope") if marker is not None else None
     return max(asked or request.config.getini("asyncio_default_test_loop_scope"), request.scope, key=SCOPES.index)
@@ -160,7 +161,7 @@ def _check_backend(request: pytest.FixtureRequest) -> None:
     name = backend if isinstance(backend, str) else backend[0]
     if name != "asyncio":
         pytest.fail(
-            f"aioserve runs on asyncio only, and this test on {name}: give it a fixture anyio_backend that returns "
+            f"aioserve runs only on asyncio, and this test runs on {name}; define a fixture anyio_backend that returns "
             '"asyncio"',
             pytrace=False,
         )

@@ -1,5 +1,5 @@
 """
-What is left behind: a look at the process and its loop before a block, and another one after it.
+Checks that a block leaves nothing behind, by two snapshots of the process and its loop.
 """
 
 from __future__ import annotations
@@ -18,90 +18,80 @@ import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserve import _limits
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
-# How many loop turns a loop gets to close what has just been given up: transports need two or three.
-SETTLING_TURNS = 10
-
-# How long threads may take to end that have been told to, in seconds; a loop tells its workers when it closes.
-ENDING_THREADS = 5.0
-
-# The threads that a loop keeps for synchronous functions: anyio's, and those of its default executor.
+# The threads in which a loop runs synchronous functions: anyio's, and those of its default executor.
 POOLS = ("AnyIO worker thread", "asyncio_", "uvloop_")
 
 
 class assert_nothing_left:  # noqa: N801 (it reads as what it does, like contextlib.suppress)
     """
-    Check that a block leaves nothing behind, or fail with a list of what it left.
+    Fail if a block leaves anything behind, with a list of it.
 
         async with assert_nothing_left():
             async with serving(app) as server:
                 ...
 
-    It compares what is there after the block with what was there before it:
+    It compares these before and after the block:
 
     - threads, and open descriptors (sockets, files, pipes);
     - signal handlers, the handlers, filters and levels of loggers, warning filters;
     - with ``async with``, in the running loop: tasks, timers, and the loop's exception handler. (uvloop does not show
       its timers.)
 
-    ``with`` is for synchronous code, such as a block around `asyncio.run()`. What takes a moment to go gets it: some
-    turns of the loop, or a few seconds for threads that are ending. Garbage is collected, so that what Python says of
-    things forgotten in a reference cycle is said here. What is gone after the block, but was there before, is nobody's
-    leak.
+    ``with`` is for synchronous code, such as a block around `asyncio.run()`. The loop first gets some turns to close
+    things, and threads get a few seconds to end. Garbage is collected, so that Python's warnings about forgotten
+    resources appear here. What is missing after the block is not a leak.
 
-    If the block raises, that exception is what counts, and nothing is checked.
+    If the block raises, nothing is checked.
 
     Args:
-        thread_pools: Whether the threads count, too, that a running loop keeps for synchronous functions (such as a
-            FastAPI endpoint without ``async``) until it ends; with ``with``, they always do. Default: `False`.
+        thread_pools: Whether to include the threads that a running loop keeps for synchronous functions, such as a
+            FastAPI endpoint without ``async``. With ``with``, they are always included. Default: `False`.
 
     Raises:
-        AssertionError: Something was left; the message says what, one line each.
+        AssertionError: Something was left behind; the message says what, one line each.
         RuntimeError: ``async with`` was used without a running asyncio event loop.
     """
 
     def __init__(self, *, thread_pools: bool = False) -> None:
         self._thread_pools = thread_pools
-        self._before: Seen
+        self._before: Snapshot
 
     def __enter__(self) -> None:
-        self._before = look()
+        self._before = take_snapshot()
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, exc: object, tb: object) -> None:
         __tracebackhide__ = True
         if exc is not None:
             return
-        until = time.monotonic() + ENDING_THREADS
+        until = time.monotonic() + _limits.ENDING_THREADS
         for thread in set(threading.enumerate()) - self._before.threads:
             thread.join(max(0.0, until - time.monotonic()))
         gc.collect()
-        _complain(_differences(self._before, look()))
+        _fail_if_any(_differences(self._before, take_snapshot()))
 
     async def __aenter__(self) -> None:
-        self._before = look(_running_loop())
+        self._before = take_snapshot(_running_loop())
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, exc_type: object, exc: object, tb: object) -> None:
         __tracebackhide__ = True
         if exc is not None:
             return
-        for _ in range(SETTLING_TURNS):
+        for _ in range(_limits.LEAK_TURNS):
             await asyncio.sleep(0)
         gc.collect()
-        now = look(_running_loop())
+        now = take_snapshot(_running_loop())
         if not self._thread_pools:
             now = now._replace(threads={thread for thread in now.threads if not thread.name.startswith(POOLS)})
-        _complain(_differences(self._before, now))
+        _fail_if_any(_differences(self._before, now))
 
 
 class _Logger(NamedTuple):
-    """How a logger is set; the defaults are those of a new one."""
+    """The settings of a logger; the defaults are those of a new logger."""
 
     level: int = logging.NOTSET
     propagate: bool = True
@@ -110,8 +100,8 @@ class _Logger(NamedTuple):
     filters: tuple[object, ...] = ()
 
 
-class Seen(NamedTuple):
-    """All that is looked at; the last three are the loop's."""
+class Snapshot(NamedTuple):
+    """What is compared; the last three are of the loop."""
 
     threads: set[threading.Thread]
     descriptors: dict[int, str]
@@ -120,21 +110,22 @@ class Seen(NamedTuple):
     warning_filters: list[object]
     tasks: set[asyncio.Task[object]]
     timers: list[tuple[asyncio.TimerHandle, object]]
-    """Each with what it calls, which it forgets when it is cancelled."""
+    """Each with its callback, which it drops when it is cancelled."""
     exception_handler: object
 
 
-def look(loop: asyncio.AbstractEventLoop | None = None) -> Seen:
+def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
+    """Return the state of the process, and of the loop if there is one."""
     tasks: set[asyncio.Task[object]] = set()
     timers = []
     if loop is not None:
-        # The task that looks may be another one each time; and anyio's plugin runs fixtures in tasks of its own.
-        looking = asyncio.current_task(loop)
-        tasks = {each for each in asyncio.all_tasks(loop) if each is not looking and not _is_anyios(each)}
+        # The current task may be another one in the second snapshot, and anyio's plugin runs fixtures in its own tasks.
+        current = asyncio.current_task(loop)
+        tasks = {each for each in asyncio.all_tasks(loop) if each is not current and not _is_anyios(each)}
         timers = [(timer, timer._callback) for timer in getattr(loop, "_scheduled", ()) if not timer.cancelled()]
-    return Seen(
+    return Snapshot(
         threads=set(threading.enumerate()),
-        descriptors=descriptors(),
+        descriptors=open_descriptors(),
         signal_handlers={int(each): _handler(each) for each in signal.valid_signals()},
         loggers=_loggers(),
         warning_filters=list(warnings.filters),
@@ -148,11 +139,11 @@ def _is_anyios(task: asyncio.Task[object]) -> bool:
     return getattr(task.get_coro(), "__qualname__", "").startswith("TestRunner.")
 
 
-def descriptors() -> dict[int, str]:
-    """The open descriptors, each with what it is open for; but those for the null device, of which uvloop keeps one."""
+def open_descriptors() -> dict[int, str]:
+    """Return the open descriptors with a description of each, without the null device, which uvloop keeps open."""
     found = {}
     for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # the one that has listed the directory is gone
+        with contextlib.suppress(OSError):  # the one that was used to list the directory
             found[int(name)] = _describe(int(name))
     return {number: what for number, what in found.items() if what != os.devnull}
 
@@ -162,7 +153,7 @@ def _describe(descriptor: int) -> str:
     if stat.S_ISSOCK(mode):
         # A duplicate, so that closing it leaves the original alone.
         with socket.socket(fileno=os.dup(descriptor)) as sock:
-            return f"a socket, of {sock.getsockname() or 'no name'}"
+            return f"a socket, {sock.getsockname() or 'without a name'}"
     if stat.S_ISFIFO(mode):
         return "a pipe"
     try:
@@ -173,7 +164,7 @@ def _describe(descriptor: int) -> str:
 
 def _handler(number: int) -> object:
     handler = signal.getsignal(number)
-    # asyncio.Runner has a new one for each run, of which the steps of a fixture can be two.
+    # asyncio.Runner has a new one for each run, and setup and teardown of a fixture can be two runs.
     if getattr(getattr(handler, "func", None), "__qualname__", "") == "Runner._on_sigint":
         return "asyncio.Runner's"
     return handler
@@ -185,7 +176,7 @@ def _loggers() -> dict[str, _Logger]:
 
 
 def _settings(logger: logging.Logger) -> _Logger:
-    # pytest's own handlers come and go, and a null handler is none.
+    # pytest adds and removes handlers of its own, and null handlers do nothing.
     handlers = [
         handler
         for handler in logger.handlers
@@ -194,11 +185,11 @@ def _settings(logger: logging.Logger) -> _Logger:
     return _Logger(logger.level, logger.propagate, logger.disabled, tuple(handlers), tuple(logger.filters))
 
 
-def _differences(before: Seen, now: Seen) -> Iterator[str]:
-    """Say what is there now, and was not before."""
+def _differences(before: Snapshot, now: Snapshot) -> Iterator[str]:
+    """Describe what is new or has changed."""
     for task in now.tasks - before.tasks:
         yield f"a task: {task!r}"
-    # By what they call: one that repeats itself is a new one each time.
+    # Compared by their callbacks: a repeating timer is a new one each time.
     waiting = [callback for _, callback in before.timers]
     for timer, callback in now.timers:
         if callback in waiting:
@@ -209,7 +200,7 @@ def _differences(before: Seen, now: Seen) -> Iterator[str]:
         yield f"the loop's exception handler: {now.exception_handler!r}; it was {before.exception_handler!r}"
     for thread in now.threads - before.threads:
         yield f"a thread: {thread!r}"
-    # Compared by what they are, not by their numbers: uvloop makes a new pair of unnamed sockets each time it runs.
+    # Compared by their descriptions, not by their numbers: uvloop makes two new unnamed sockets each time it runs.
     known = Counter(before.descriptors.values())
     for number in sorted(now.descriptors, key=lambda number: number not in before.descriptors):
         what = now.descriptors[number]
@@ -225,10 +216,10 @@ def _differences(before: Seen, now: Seen) -> Iterator[str]:
                 yield f"{field} of the logger {name!r}: {is_now!r}; it was {was!r}"
     if now.warning_filters != before.warning_filters:
         new = [each for each in now.warning_filters if each not in before.warning_filters]
-        yield f"warning filters: {new or 'some are in another order, or gone'}"
+        yield f"warning filters: {new or 'some are missing, or in another order'}"
 
 
-def _complain(differences: Iterator[str]) -> None:
+def _fail_if_any(differences: Iterator[str]) -> None:
     __tracebackhide__ = True
     lines = "\n".join(f"- {each}" for each in differences)
     if lines:
@@ -240,5 +231,5 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
     except RuntimeError:
         raise RuntimeError(
-            "async with assert_nothing_left() needs a running asyncio event loop; elsewhere take a plain with"
+            "async with assert_nothing_left() requires a running asyncio event loop; without one, use a plain with"
         ) from None

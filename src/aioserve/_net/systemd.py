@@ -1,7 +1,5 @@
 """
-systemd's side: the sockets that it hands down, and what it wants to hear.
-
-Two small protocols, each a matter of environment variables: sd_listen_fds(3) and sd_notify(3).
+Reads the sockets that systemd passes to a service, and notifies systemd: sd_listen_fds(3) and sd_notify(3).
 """
 
 from __future__ import annotations
@@ -13,31 +11,32 @@ from collections.abc import Sequence
 
 logger = logging.getLogger("aioserve")
 
-_FIRST = 3  # SD_LISTEN_FDS_START
+_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
 
 def listen_fds(name: str | None = None) -> Sequence[int]:
     """
-    Return the descriptors that systemd has handed down to this very process, all of them or those of one name.
+    Return the descriptors that systemd has passed to this process: all of them, or those with this name.
 
-    They and the environment stay as they are, so that a server can be started on them again.
+    It changes neither them nor the environment, so a server can be started on them again.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []  # they are for another process, which has left us its environment
+        return []  # they are for another process, whose environment this one has inherited
     count = os.environ.get("LISTEN_FDS", "")
-    descriptors = range(_FIRST, _FIRST + (int(count) if count.isdecimal() and len(count) < 10 else 0))
+    size = int(count) if count.isdecimal() and len(count) < 10 else 0
+    descriptors = range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + size)
     if name is None:
         return descriptors
     return [descriptor for descriptor, each in zip(descriptors, names(), strict=False) if each == name]
 
 
 def names() -> list[str]:
-    """Return the names of what systemd has handed down, if it has."""
+    """Return the names of the sockets that systemd has passed, if it has named them."""
     return os.environ.get("LISTEN_FDNAMES", "").split(":") if "LISTEN_FDNAMES" in os.environ else []
 
 
 def notify(state: str) -> None:
-    """Tell systemd something, like "READY=1", where it listens."""
+    """Send a state like "READY=1" to systemd, if NOTIFY_SOCKET is set."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -48,5 +47,5 @@ def notify(state: str) -> None:
             sock.setblocking(False)
             sock.sendto(state.encode(), address)
     except OSError as exc:
-        told = os.environ["NOTIFY_SOCKET"]
-        logger.warning("cannot tell systemd %s at %s: %s", state, told, exc.strerror or exc)
+        where = os.environ["NOTIFY_SOCKET"]
+        logger.warning("cannot send %s to systemd at %s: %s", state, where, exc.strerror or exc)

@@ -1,0 +1,279 @@
+"""
+The connections of a server, from accept to close, and the handlers of their requests.
+
+Until a stop is asked for, this only counts them in and out. Then it decides when each one may be closed: by its state
+(see `ConnectionState`), which depends on what has been read, and on what has arrived and is still unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aioserve._net.acceptor import Acceptor
+from aioserve._net.transports import unread_bytes
+from aioserve._report import UnfinishedHandler, unfinished_handler
+from aioserve._uvicorn import protocols
+from aioserve._uvicorn.closing import announce_close
+from aioserve._uvicorn.config import request_limit
+from aioserve._uvicorn.disconnect import disconnect
+from aioserve._uvicorn.logs import silence_expected_errors
+from aioserve._uvicorn.protocols import ConnectionState
+from aioserve._uvicorn.state import LimitedState, TrackedState
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from aioserve._lifespan import Lifespan
+    from aioserve._net.listeners import Listener
+    from aioserve._waiting import Condition
+
+
+class Connections:
+    """All connections and handlers of a server. The condition is notified of every change that a stop waits for."""
+
+    _announced: bool = False  # responses say "connection: close"
+    _closing: bool = False  # connections close as soon as they can
+    _waits_for_new: bool = True  # a connection that has sent nothing yet may still do so
+    _disconnecting: bool = False  # handlers are told that their client has gone
+    _watch_is_due: bool = False
+
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        config: uvicorn.Config,
+        lifespan: Lifespan,
+        *,
+        access_log: bool,
+        condition: Condition,
+        on_limit: Callable[[int], None],
+    ) -> None:
+        limit = request_limit(config)
+        self.state: TrackedState = (
+            TrackedState(config, self) if limit is None else LimitedState(config, self, limit, on_limit)
+        )
+        self.acceptor = Acceptor(
+            listeners,
+            functools.partial(protocols.create_protocol, config, self.state, lifespan, access_log),
+            ssl=config.ssl,
+            backlog=config.backlog,
+            on_change=condition.notify,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._condition = condition
+        self._has_tls = config.ssl is not None
+
+        self._new: set[Any] = set()  # those that may have sent nothing yet, while closing
+        self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
+        self._background: set[asyncio.Task[Any]] = set()
+
+    # Questions.
+
+    def is_settled(self) -> bool:
+        """Whether all that has arrived has been read, and has reached its handler."""
+        return not self.acceptor.pending and all(map(self._is_settled, self.state.connections))
+
+    def _is_settled(self, connection: Any) -> bool:
+        if connection.transport.is_closing():
+            return True
+        if not protocols.is_http(connection):
+            return protocols.is_handshake_complete(connection)
+        return protocols.connection_state(connection) in ("idle", "busy") and not self._unread(connection)
+
+    def has_new(self) -> bool:
+        """Whether a connection is left that may still send its first request."""
+        return bool(self.acceptor.pending) or any(map(self._may_be_new, self._new))
+
+    def _may_be_new(self, connection: Any) -> bool:
+        """Whether nothing has been read from it that looks like a request. What is unread may be one."""
+        if not protocols.is_http(connection) or connection.cycle is not None:
+            return False
+        return self._state_of(connection) == "new" or self._unread(connection) > 0
+
+    def is_finished(self) -> bool:
+        return not (self.state.connections or self.acceptor.pending or self.has_handlers())
+
+    def has_handlers(self) -> bool:
+        return bool(self.state.tasks or self._background)
+
+    def needs_no_app(self) -> bool:
+        """Whether no handler is left, and every connection is closing."""
+        if self.acceptor.pending or self.has_handlers():
+            return False
+        return not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
+
+    def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
+        return [(task, unfinished_handler(protocols.scope_of(task), task)) for task in self.state.tasks]
+
+    def has_more_requests(self, connection: Any) -> bool:
+        """Whether a client has sent more requests, without waiting for an answer to the first."""
+        return protocols.has_read_more(connection) or (not connection.cycle.more_body and self._unread(connection) > 0)
+
+    def _state_of(self, connection: Any) -> ConnectionState:
+        state = protocols.connection_state(connection)
+        if state == "busy" or not protocols.is_http(connection):
+            return state
+        # The rest of a body whose request has its answer is not waited for.
+        return "partial" if not protocols.has_unread_body(connection) and self._unread(connection) else state
+
+    def _unread(self, connection: Any) -> int:
+        return unread_bytes(self.acceptor.raw_transport(connection.transport))
+
+    # The steps of a stop.
+
+    def announce_close(self) -> None:
+        """Let every HTTP/1 response from here on say "connection: close"."""
+        self._announced = True
+        for connection in list(self.state.connections):
+            if not connection.transport.is_closing():
+                announce_close(connection, self)
+
+    def close_idle(self) -> None:
+        """
+        Close the HTTP connections that are idle. All others are left as they are, to be looked at once more.
+
+        With TLS all are: its transports hold what they have read.
+        """
+        if self._has_tls:
+            return
+        for connection in list(self.state.connections):
+            is_open = protocols.is_http(connection) and not connection.transport.is_closing()
+            if is_open and protocols.connection_state(connection) == "idle" and not self._unread(connection):
+                _close_gracefully(connection)
+
+    def close_unneeded(self, *, wait_for_new: bool) -> None:
+        """
+        Close the connections that are idle, WebSockets with 1012, and every other one as soon as it is idle.
+
+        With `wait_for_new`, a connection that has sent nothing yet may still send its first request.
+        """
+        self._closing = True
+        self._waits_for_new = wait_for_new
+        if not wait_for_new:
+            self.acceptor.drop_pending()
+        self._watch_handlers()
+        for connection in list(self.state.connections):
+            self._close_if_unneeded(connection)
+
+    def _close_if_unneeded(self, connection: Any) -> None:
+        if connection not in self.state.connections:
+            return
+        if not connection.transport.is_closing():
+            state = self._state_of(connection)
+            if state == "busy" and self._disconnecting:
+                self._disconnect(connection)
+            if self._may_be_new(connection):
+                self._new.add(connection)
+            if state == "partial" and self._unread(connection):
+                self._loop.call_soon(self._close_if_unneeded, connection)  # once it is read
+            if state == "idle" or (state == "new" and not self._waits_for_new):
+                _close_gracefully(connection)
+        self.acceptor.hang_up_when_flushed(connection.transport)
+
+    def disconnect_handlers(self) -> None:
+        """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
+        self._disconnecting = True
+        # httptools' connections show the requests that wait behind the current one; for that, only its task does.
+        for task in list(self.state.tasks):
+            cycle = protocols.handled_by(task)
+            if hasattr(cycle, "message_event") and not cycle.response_complete:
+                disconnect(cycle, self._unread)
+        for connection in list(self.state.connections):
+            self._disconnect(connection)
+
+    def _disconnect(self, connection: Any) -> None:
+        for cycle in protocols.unanswered_cycles(connection):
+            disconnect(cycle, self._unread)
+
+    def cancel_handlers(self) -> None:
+        self._watch_handlers()
+        for task in self.state.tasks | self._background:
+            silence_expected_errors(protocols.handled_by(task))
+            task.cancel()
+
+    def abort_connections(self) -> int:
+        self.acceptor.drop_pending()
+        connections = list(self.state.connections)
+        for connection in connections:
+            # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
+            self.acceptor.raw_transport(connection.transport).abort()
+        return len(connections)
+
+    def close(self) -> None:
+        self.acceptor.close()
+        for connection in list(self.state.connections) if self._has_tls else ():
+            self.acceptor.forget(connection.transport)
+        self.state.close()
+
+    # What uvicorn's protocols tell.
+
+    def connection_added(self, connection: Any) -> None:
+        if not self._announced:
+            return
+        announce_close(connection, self)
+        if self._closing:
+            # It was accepted in the last moment, or has just been upgraded to a WebSocket.
+            self._new.add(connection)
+            self._loop.call_soon(self._close_if_unneeded, connection)
+            self._watch_handlers_soon()
+
+    def connection_removed(self, connection: Any) -> None:
+        if protocols.is_http(connection):
+            protocols.cancel_keep_alive_timer(connection)
+        else:
+            for task in protocols.tasks_behind(connection):
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+        if self._has_tls and connection.transport.is_closing():
+            self.acceptor.forget(connection.transport)
+        if self._closing:
+            self._new.discard(connection)
+            self._watch_handlers_soon()
+            self._condition.notify()
+
+    def request_started(self, connection: Any) -> None:
+        """A connection is making a request of what it has read, after the stop was asked for."""
+        if self._disconnecting:
+            self._loop.call_soon(self._close_if_unneeded, connection)  # once it is made
+        if self._closing:
+            self._watch_handlers_soon()
+
+    def response_completed(self, connection: Any) -> None:
+        """A connection has answered, after the stop was asked for."""
+        if self._closing:
+            self._loop.call_soon(self._close_if_unneeded, connection)  # once it is done with that
+            self._watch_handlers_soon()
+            self._condition.notify()
+
+    # The ends of handlers.
+
+    def _watch_handlers_soon(self) -> None:
+        if not self._watch_is_due:
+            self._watch_is_due = True
+            self._loop.call_soon(self._watch_handlers)
+
+    def _watch_handlers(self) -> None:
+        """Notice the ends of the handlers that there are now."""
+        self._watch_is_due = False
+        handlers = self.state.tasks | self._background
+        for task in handlers - self._watched:
+            task.add_done_callback(self._handler_done)
+        self._watched |= handlers
+        self._condition.notify()  # one may have ended before it was watched
+
+    def _handler_done(self, task: asyncio.Task[Any]) -> None:
+        self._watched.discard(task)
+        if self._has_tls and self._closing:
+            for connection in list(self.state.connections):
+                self.acceptor.hang_up_when_flushed(connection.transport)
+        self._condition.notify()
+
+
+def _close_gracefully(connection: Any) -> None:
+    try:
+        connection.shutdown()
+    except Exception:  # noqa: BLE001
+        # The protocol is in a state in which it cannot, as h11 after an invalid request.
+        connection.transport.abort()

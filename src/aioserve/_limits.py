@@ -1,0 +1,49 @@
+"""
+Every grace, number of turns and bound of this package.
+
+Read them as `_limits.NAME` where they are used, so that a test can change them.
+"""
+
+from __future__ import annotations
+
+# Seconds.
+FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its first request
+CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
+LIFESPAN_GRACE = 1.0  # for a lifespan to end that was cancelled, or is forced to shut down
+ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example because no descriptor is left
+FILE_LOCK_RETRY = 0.001  # until the next try to lock a directory; nothing but trying tells when a lock is free
+FILE_LOCK_TIMEOUT = 1.0  # for all these tries
+CHILD_EXIT = 1.0  # for a child process to exit when its server has stopped, and to react when it is forced
+ORPHAN_SHUTDOWN = 10.0  # the shutdown timeout of a child whose parent has died, if its own is unlimited
+ENDING_THREADS = 5.0  # for threads to end, in a check for leaks; a loop tells its workers to end when it closes
+_FOREVER = 1e9  # some thirty years: the longest time that a loop's timer can be set to
+
+# Turns of the event loop.
+# Until a connection that was accepted, closed or aborted is known, or gone, and what had arrived on it is read: one for
+# the task that makes it, one for connection_made(), one to look at the socket, one to read it. Most handlers have
+# accepted their WebSocket by then.
+SETTLING_TURNS = 4
+LAST_MESSAGE_TURNS = 10  # for a handler that was told of a disconnect to send a last message
+BODY_TURNS = 100  # for a handler to read what has arrived of a body before that: enough for all that a kernel keeps
+TURNS_BEFORE_TIMER = 3  # before it is worth the cost to make a timer for a wait
+LEAK_TURNS = 10  # for a loop to close what was just released, in a check for leaks: transports need two or three
+
+SAME_PORT_ATTEMPTS = 32  # to find a port that is free on several addresses, when any will do
+TRACEBACK_CHARACTERS = 100_000  # of an app's traceback; longer ones repeat themselves
+
+
+def check_timeout(name: str, value: object) -> float | None:
+    """Return a timeout in seconds; `None` means no limit, and so does infinity."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
+    if not value >= 0:  # nan is not, either
+        raise ValueError(f"{name} must be 0 or more seconds, not {value!r}; None means no limit")
+    return None if value >= _FOREVER else value
+
+
+def longest_stop(drain_delay: float, shutdown_timeout: float) -> float:
+    """Return how many seconds a stop can take at most, if the app does not block the loop."""
+    lifespan = max(shutdown_timeout, LIFESPAN_GRACE) + LIFESPAN_GRACE
+    return drain_delay + shutdown_timeout + CANCELLED_HANDLERS + lifespan

@@ -1,0 +1,251 @@
+"""
+Accepts connections on listening sockets, on loops with `add_reader()`.
+
+asyncio's own servers do not track a connection between accept() and its protocol. One in its TLS handshake outlives
+them by up to a minute, a plain one of the last turn leaks its socket, and what waits in the kernel's queue is reset.
+(Accepting here costs as much as asyncio's own, and a tenth more than uvloop's.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import select
+import socket
+import ssl
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from typing import Any, TypeVar
+
+from aioserve import _limits
+from aioserve._net.listeners import Listener
+from aioserve._net.transports import FlushWatch, hang_up, has_unsent
+from aioserve._waiting import start_task
+
+logger = logging.getLogger("aioserve")
+
+T = TypeVar("T")
+
+# What accept() says of one connection that is gone already (accept(2), on Linux).
+_GONE = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+
+
+class Acceptor:
+    """
+    Accepts connections on listening sockets, and tracks those that it is still making.
+
+    For code that knows uvicorn, it is what `uvicorn.Server.servers` has an `asyncio.Server` for.
+    """
+
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        make_protocol: Callable[[], asyncio.Protocol],
+        *,
+        ssl: ssl.SSLContext | None,
+        backlog: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.sockets: tuple[socket.socket, ...] = tuple(listener.socket for listener in listeners)
+        self.pending: set[asyncio.Task[object]] = set()
+        """The connections that are accepted and not made yet: with TLS, those in their handshake."""
+
+        self._listeners = listeners
+        self._raw_transports: dict[asyncio.BaseTransport, asyncio.Transport] = {}
+        self._flush_watches: dict[asyncio.BaseTransport, FlushWatch] = {}
+        self._loop = asyncio.get_running_loop()
+        self._make_protocol = make_protocol
+        self._ssl = ssl
+        self._backlog = backlog
+        self._on_change = on_change
+        self._serving = False
+        self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
+
+    def is_serving(self) -> bool:
+        return self._serving and not self._loop.is_closed()
+
+    def start(self) -> None:
+        """Start accepting."""
+        self._serving = True
+        for sock in self.sockets:
+            # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
+            self._loop.add_reader(sock.fileno(), self._accept, sock)
+
+    def close(self) -> None:
+        """
+        Accept what waits in the kernel's queue, and then nothing more.
+
+        The queue of a lent socket is left to the socket's next user.
+        """
+        if self._serving and not self._loop.is_closed():
+            self._serving = False
+            for listener in self._listeners:
+                self._loop.remove_reader(listener.socket.fileno())
+                listener.remove_file()
+                if not listener.lent and _is_readable(listener.socket):
+                    self._accept(listener.socket)
+            for retry in self._retries.values():
+                retry.cancel()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = ()
+
+    async def wait_closed(self) -> None:
+        """Return at once: `close()` leaves nothing to wait for."""
+
+    def drop_pending(self) -> None:
+        """Drop the connections that are still being made."""
+        for task in self.pending:
+            task.cancel()
+
+    def raw_transport(self, transport: Any) -> Any:
+        """Return the transport below a TLS transport, or the transport itself where there is none."""
+        return self._raw_transports.get(transport, transport)
+
+    def hang_up_when_flushed(self, transport: Any) -> None:
+        """Wait for the client's part in closing a TLS connection no longer than until ours is sent."""
+        raw = self.raw_transport(transport)
+        if raw is transport or not transport.is_closing() or transport in self._flush_watches:
+            return
+        if not has_unsent(transport, raw):
+            hang_up(raw)
+            return
+        watch = FlushWatch(transport, raw)
+        try:
+            watch.start()
+        except OSError as exc:
+            # No descriptor is left. So the client decides how long it takes, or the budget.
+            logger.debug("cannot watch a closing TLS connection: %s", exc)
+        else:
+            self._flush_watches[transport] = watch
+
+    def forget(self, transport: asyncio.BaseTransport) -> None:
+        """Forget a connection that is gone."""
+        self._raw_transports.pop(transport, None)
+        watch = self._flush_watches.pop(transport, None)
+        if watch is not None:
+            watch.stop()
+
+    def _accept(self, sock: socket.socket) -> None:
+        for _ in range(self._backlog + 1):  # Linux queues one more
+            try:
+                connection, _address = sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                if exc.errno in _GONE:
+                    continue
+                if self._serving:
+                    self._pause(sock, exc)
+                else:
+                    logger.error("cannot accept: %s; the connections in the queue are lost", exc.strerror)
+                return
+            connection.setblocking(False)
+            if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
+                # From a socket that was made with proto=0, as most lent ones are. asyncio does not set TCP_NODELAY on
+                # it, and answers on kept-alive connections would take 40 ms.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task: asyncio.Task[object] = start_task(
+                self._loop.connect_accepted_socket(self._make_protocol, connection)
+                if self._ssl is None
+                else self._start_tls(connection, self._ssl)
+            )
+            if not task.done():
+                self.pending.add(task)
+            task.add_done_callback(self._made)
+
+    async def _start_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        """Do in two steps what asyncio would do in one, to know the transport below TLS."""
+        raw, handshake = await self._loop.connect_accepted_socket(_Handshake, connection)
+        try:
+            raw.pause_reading()
+            starting = self._loop.start_tls(raw, handshake, context, server_side=True)
+            transport = await _after_first_step(starting, lambda: self._loop.call_soon(handshake.pass_on, raw))
+        except BaseException:
+            raw.abort()
+            raise
+        assert transport is not None
+        if handshake.is_lost:
+            return  # the client is gone
+        self._raw_transports[transport] = raw
+        handshake.complete(transport, self._make_protocol())
+
+    def _made(self, task: asyncio.Task[object]) -> None:
+        self.pending.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            # A failed handshake is the client's error; anything else is an error here.
+            level = logging.DEBUG if isinstance(exc, OSError) else logging.ERROR
+            logger.log(level, "a connection could not be made: %r", exc, exc_info=exc)
+        if not self._serving:
+            self._on_change()
+
+    def _pause(self, sock: socket.socket, exc: OSError) -> None:
+        logger.error("cannot accept: %s; trying again in %g second", exc.strerror, _limits.ACCEPT_RETRY)
+        self._loop.remove_reader(sock.fileno())
+        self._retries[sock] = self._loop.call_later(_limits.ACCEPT_RETRY, self._resume, sock)
+
+    def _resume(self, sock: socket.socket) -> None:
+        self._loop.add_reader(sock.fileno(), self._accept, sock)
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    """Whether connections wait in its queue: three times as quick as an accept() that fails."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class _Handshake(asyncio.Protocol):
+    """
+    The protocol of a TLS connection until its handshake is complete.
+
+    It keeps what arrives on the raw transport before TLS is there to read it (uvloop does not stop reading at once);
+    and then what arrives over TLS together with the end of the handshake.
+    """
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self.is_lost = False
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+
+    def pass_on(self, raw: Any) -> None:
+        """Give what has arrived on the raw transport to TLS, as a transport does: by its buffer."""
+        received, self._received = self._received, bytearray()
+        protocol = raw.get_protocol()  # None where the client is gone
+        while protocol is not None and received:
+            buffer = protocol.get_buffer(len(received))
+            size = min(len(buffer), len(received))
+            buffer[:size] = received[:size]
+            protocol.buffer_updated(size)
+            del received[:size]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+
+    def complete(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
+        """Hand the connection to its real protocol."""
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if self._received:
+            protocol.data_received(bytes(self._received))
+
+
+@types.coroutine
+def _after_first_step(coroutine: Coroutine[Any, Any, T], act: Callable[[], object]) -> Generator[Any, Any, T]:
+    """Await a coroutine, and act right after its first step, before the loop turns."""
+    try:
+        awaited = coroutine.send(None)
+        act()
+        while True:
+            try:
+                result = yield awaited
+            except BaseException as exc:  # noqa: BLE001 (it is for the coroutine)
+                awaited = coroutine.throw(exc)
+            else:
+                awaited = coroutine.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value

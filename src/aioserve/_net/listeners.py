@@ -1,0 +1,303 @@
+"""
+Opens the listening sockets that the options ask for, and knows their URLs.
+
+This happens before the app's startup, and a busy port is an `OSError`, not uvicorn's `SystemExit`. A socket listens as
+soon as it is bound: with SO_REUSEADDR two programs can *bind* the same port, and only `listen()` fails for the second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import quote
+
+from aioserve import _limits
+
+if TYPE_CHECKING:
+    from aioserve._net.unix import SocketFile
+
+Host: TypeAlias = str | Sequence[str] | None
+
+# The errors for an address on a machine without IPv6, or without IPv4.
+_MISSING_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+_NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+
+_LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
+
+_HINTS = {
+    errno.EADDRINUSE: "port=0 takes a free port",
+    errno.EACCES: "a port below 1024 requires a privilege",
+    errno.EADDRNOTAVAIL: "this machine does not have that address",
+}
+
+
+class Listener:
+    """
+    A listening socket, and what to clean up when it closes.
+
+    Args:
+        sock: A socket of the server's own; a duplicate, if it is lent.
+        lent: Whether the connections in its queue belong to the next process that accepts on it.
+        file: Its file, if it is a Unix socket that the server has created; it is removed at the end.
+    """
+
+    def __init__(self, sock: socket.socket, *, lent: bool = False, file: SocketFile | None = None) -> None:
+        self.socket = sock
+        self.lent = lent
+        self._file = file
+        self.host: str | None = None
+        """The address that it is bound to, with its scope, if any; `None` for a Unix socket."""
+        self.port: int | None = None
+        self.path: str | bytes | None = None
+        """The path of a Unix socket, or its abstract name as bytes."""
+        name = sock.getsockname()
+        if isinstance(name, tuple):
+            self.host, self.port, *rest = name
+            if rest and rest[1]:
+                self.host = f"{self.host}%{_interface_name(rest[1])}"
+        else:  # absolute, since the program may change its working directory
+            self.path = os.path.join(os.getcwd(), name) if isinstance(name, str) else name
+
+    def url(self, scheme: str) -> str:
+        """Return the URL for clients on this machine: a wildcard becomes loopback, IPv6 is in brackets."""
+        if self.path is not None:
+            return f"{scheme}+unix://{quote(os.fsencode(self.path), safe='')}"
+        assert self.host is not None
+        host = _LOOPBACK_FOR.get(self.host, self.host)
+        if ":" in host:
+            host = f"[{quote(host, safe=':')}]"  # the % of a scope is written %25: RFC 6874
+        return f"{scheme}://{host}:{self.port}"
+
+    def remove_file(self) -> None:
+        """Remove the file of a Unix socket, so that no new client finds it."""
+        if self._file is not None:
+            self._file.remove()
+            self._file = None
+
+    def close(self) -> None:
+        self.remove_file()
+        self.socket.close()
+
+
+Listen: TypeAlias = Callable[[int], Awaitable[list[Listener]]]
+"""Takes a backlog, and opens all the sockets that the options ask for, or none; an `OSError` says which one failed."""
+
+
+async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
+    """
+    Listen on all addresses of these hosts; `None` is every interface, and port 0 is one free port for all of them.
+    """
+    hosts = [host] if host is None or isinstance(host, str) else host
+    unique = {address.sockaddr: address for each in hosts for address in await _resolve(each)}
+
+    for _ in range(_limits.SAME_PORT_ATTEMPTS if port == 0 else 1):
+        try:
+            return _listen_on_all(unique.values(), port, backlog, reuse_port=reuse_port)
+        except OSError as exc:
+            error = exc
+            if exc.errno != errno.EADDRINUSE:
+                break
+    hint = _HINTS.get(error.errno or 0)
+    if error.errno == errno.EADDRINUSE and port == 0:
+        hint = "no port is free on all of the addresses; one of them may include another" if len(unique) > 1 else None
+    if hint is not None:
+        error = OSError(error.errno, f"{error.strerror}; {hint}")
+    raise error from None  # the system's own error says the same in fewer words
+
+
+async def listen_on_path(path: str, mode: int, backlog: int) -> list[Listener]:
+    """Listen on a new Unix socket, whose file has this mode."""
+    from aioserve._net import unix  # only where it is needed
+
+    sock, file = await unix.listen(path, mode, backlog)
+    return [Listener(sock, file=file)]
+
+
+async def listen_on_sockets(sockets: Sequence[socket.socket], backlog: int) -> list[Listener]:
+    """
+    Listen on duplicates of sockets that the caller has bound, so that several servers can accept on one socket.
+
+    The originals stay open. They stay non-blocking, too: a socket shares that with all its duplicates, and setting it
+    back would block the loop of any other server that has one.
+    """
+    for sock in sockets:
+        sock.setblocking(False)
+    return _listen_on_duplicates(((repr(sock), sock.dup) for sock in sockets), backlog)
+
+
+async def listen_on_descriptors(descriptors: Sequence[int], backlog: int) -> list[Listener]:
+    """Do the same with descriptors."""
+    return _listen_on_duplicates(((f"descriptor {each}", partial(_duplicate, each)) for each in descriptors), backlog)
+
+
+async def listen_on_systemd_sockets(name: str | None, fallback: Listen | None, backlog: int) -> list[Listener]:
+    """
+    Listen on the sockets that systemd has passed to this process, with one `FileDescriptorName` or any; if there are
+    none, on the fallback.
+    """
+    from aioserve._net import systemd  # only where it is needed
+
+    descriptors = systemd.listen_fds(name)
+    if descriptors:
+        return await listen_on_descriptors(descriptors, backlog)
+    if fallback is not None:
+        return await fallback(backlog)
+    named = "" if name is None else f" named {name!r}"
+    if name is not None and systemd.listen_fds():
+        named += f" (only {', '.join(map(repr, systemd.names()))})"
+    raise OSError(
+        errno.ENOENT,
+        f"systemd has passed no socket{named} to this process (see LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES in its "
+        "environment); start it by its socket unit, or also say where to listen without systemd",
+    )
+
+
+def _interface_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return str(index)  # the interface is gone
+
+
+def check_socket(sock: socket.socket, what: str) -> None:
+    """Raise a `TypeError` or `ValueError` if a server cannot accept connections on this socket."""
+    if sock.fileno() < 0:
+        raise ValueError(f"{what} is closed")
+    if isinstance(sock, ssl.SSLSocket):
+        raise TypeError(f"{what} is a TLS socket; pass the plain socket, and its context as ssl")
+    if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX) or sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"only TCP sockets and Unix stream sockets can be served, not {what}")
+    name = sock.getsockname()
+    if not (name if sock.family == socket.AF_UNIX else name[1]):
+        raise ValueError(f"{what} is not bound; bind it first")
+
+
+def _listen_on_duplicates(originals: Iterable[tuple[str, Callable[[], socket.socket]]], backlog: int) -> list[Listener]:
+    listeners = []
+    with ExitStack() as undo:
+        for what, duplicate in originals:
+            try:
+                sock = duplicate()
+                undo.callback(sock.close)
+                check_socket(sock, what)
+                sock.setblocking(False)
+                sock.listen(backlog)
+            except OSError as exc:
+                hint = "; it may be a connection (systemd: set Accept=no)" if exc.errno == errno.EINVAL else ""
+                raise OSError(exc.errno, f"cannot listen on {what}: {exc.strerror}{hint}") from exc
+            listeners.append(Listener(sock, lent=True))
+        undo.pop_all()
+    return listeners
+
+
+def _duplicate(descriptor: int) -> socket.socket:
+    duplicate = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=duplicate)  # which finds out its family and type
+    except OSError:
+        os.close(duplicate)
+        raise
+
+
+class _Address:
+    """An address to bind; it is optional if its host has others, too, so this machine may lack its family."""
+
+    def __init__(self, family: int, sockaddr: tuple[Any, ...], *, optional: bool) -> None:
+        self.family = family
+        self.sockaddr = sockaddr
+        self.optional = optional
+
+
+def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
+    listeners: list[Listener] = []
+    missing: OSError | None = None
+    for address in addresses:
+        try:
+            listener = Listener(_listen_on_address(address, port, backlog, reuse_port=reuse_port))
+        except OSError as exc:
+            if address.optional and exc.errno in _MISSING_FAMILY:
+                missing = exc
+                continue
+            for each in listeners:
+                each.close()
+            raise
+        listeners.append(listener)
+        port = listener.port or port
+    if not listeners and missing is not None:
+        raise missing
+    return listeners
+
+
+def _listen_on_address(address: _Address, port: int, backlog: int, *, reuse_port: bool) -> socket.socket:
+    host, _, *rest = address.sockaddr
+    sock = None
+    try:
+        # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on
+        # kept-alive connections take 40 ms.
+        sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        sock.setblocking(False)
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if address.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port, *rest))
+        sock.listen(backlog)
+    except OSError as exc:
+        if sock is not None:
+            sock.close()
+        bracketed = f"[{host}]" if address.family == socket.AF_INET6 else host
+        reason = f"{exc.strerror}"
+        if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
+            reason += "; a link-local address requires its interface, as in fe80::1%eth0"
+        raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
+    return sock
+
+
+async def _resolve(host: str | None) -> list[_Address]:
+    if host is None:
+        return [*_parse("0.0.0.0", optional=True), *_parse("::", optional=True)]  # noqa: S104 (asked for)
+    if host.lower().removesuffix(".") == "localhost":  # always loopback: RFC 6761, 6.3
+        return [*_parse("127.0.0.1", optional=True), *_parse("::1", optional=True)]
+    try:
+        return _parse(host)
+    except (socket.gaierror, UnicodeError):
+        pass
+
+    # To resolve a name can take seconds, so a thread does it. It is a new one, which ends with the answer:
+    # loop.getaddrinfo() would leave a thread of the default executor behind.
+    from concurrent.futures import ThreadPoolExecutor  # only where it is needed
+
+    executor = ThreadPoolExecutor(1, thread_name_prefix="aioserve-resolve")
+    answer = asyncio.get_running_loop().run_in_executor(executor, _getaddrinfo, host, socket.AI_PASSIVE)
+    try:
+        return [_Address(family, sockaddr, optional=True) for family, sockaddr in await answer]
+    except OSError as exc:
+        raise socket.gaierror(exc.errno, f"cannot resolve host {host!r}: {exc.strerror}") from exc
+    except UnicodeError as exc:  # the "idna" codec rejects the name
+        raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve host {host!r}: {exc}") from exc
+    finally:
+        executor.shutdown(wait=not answer.cancelled(), cancel_futures=True)
+
+
+def _parse(host: str, *, optional: bool = False) -> list[_Address]:
+    getaddrinfo = _getaddrinfo if "%" in host else _getaddrinfo_cached  # the index of an interface can change
+    found = getaddrinfo(host, _NUMERIC)
+    return [_Address(family, sockaddr, optional=optional) for family, sockaddr in found]
+
+
+def _getaddrinfo(host: str, flags: int) -> list[tuple[int, tuple[Any, ...]]]:
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=flags)
+    return [(int(family), sockaddr) for family, _, _, _, sockaddr in found]
+
+
+_getaddrinfo_cached = lru_cache(_getaddrinfo)

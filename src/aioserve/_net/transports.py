@@ -1,0 +1,95 @@
+"""
+What a transport does not tell or do by itself: what is unread and unsent, and how to end it without a reset.
+
+A raw transport is the one with the socket: the transport itself, or the one below a TLS transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import socket
+import sys
+import termios
+from typing import Any
+
+
+def unread_bytes(raw: Any) -> int:
+    """Return how much has arrived on a connection that nobody has read yet."""
+    size = bytearray(4)  # a C int; bytes would be copied
+    try:
+        fcntl.ioctl(_descriptor(raw), termios.FIONREAD, size)
+    except OSError:
+        return 0
+    return int.from_bytes(size, sys.byteorder)
+
+
+def has_unsent(transport: Any, raw: Any) -> bool:
+    """Whether a TLS transport, or the one below, holds something that the kernel does not have yet."""
+    try:
+        return bool(raw.get_write_buffer_size() or transport.get_write_buffer_size())
+    except AttributeError:
+        return False  # closed twice, a TLS transport has no buffer
+
+
+def hang_up(raw: Any) -> None:
+    """
+    End a connection from the outside, as if its client had done it.
+
+    An abort would send a reset if something is unread, and a reset can take back what we have sent.
+    """
+    try:
+        sock = socket.socket(fileno=_descriptor(raw))
+    except OSError:
+        return  # it is gone
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    finally:
+        sock.detach()  # the descriptor is the transport's
+    raw.resume_reading()
+
+
+class FlushWatch:
+    """
+    Hangs up a closing TLS connection as soon as all is sent, the close_notify included.
+
+    asyncio waits half a minute for the client's close_notify, which the client need not send. (RFC 8446, 6.1.)
+    """
+
+    def __init__(self, transport: Any, raw: Any) -> None:
+        self._transport = transport
+        self._raw = raw
+
+    def start(self) -> None:
+        """
+        Start to watch.
+
+        Raises:
+            OSError: There is no descriptor left.
+        """
+        # A descriptor of our own, since a loop allows nobody to watch a transport's.
+        self._descriptor = os.dup(_descriptor(self._raw))
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_writer(self._descriptor, self._writable)
+
+    def _writable(self) -> None:
+        if not has_unsent(self._transport, self._raw):
+            self._loop.remove_writer(self._descriptor)
+            hang_up(self._raw)
+
+    def stop(self) -> None:
+        """Stop watching: the connection is gone."""
+        self._loop.remove_writer(self._descriptor)
+        os.close(self._descriptor)
+
+
+def _descriptor(raw: Any) -> int:
+    sock = raw.get_extra_info("socket")
+    descriptor: int = -1 if sock is None else sock.fileno()
+    if descriptor < 0:
+        raise OSError(errno.EBADF, "the connection is gone")
+    return descriptor

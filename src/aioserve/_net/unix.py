@@ -1,0 +1,162 @@
+"""
+Creates and removes the files of Unix sockets.
+
+`bind()` creates the file, and closing the socket does not remove it. So a file that already exists can be a socket in
+use, a stale socket, or something else; only a stale socket is replaced. A socket that is bound and does not listen yet
+looks stale, too. So that no server replaces it at that moment, servers lock the directory while they create a socket.
+(The lock is on a descriptor of the directory, and leaves no file behind.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from typing import NamedTuple
+
+from aioserve import _limits
+
+logger = logging.getLogger("aioserve")
+
+
+class SocketFile(NamedTuple):
+    """The file of a Unix socket. Its time is part of its identity, since the next file may get the same inode."""
+
+    path: str
+    device: int
+    inode: int
+    modified: int
+    process: int
+    """The process that created it; a fork of that process does not remove it."""
+
+    @classmethod
+    def at(cls, path: str) -> SocketFile:
+        found = os.lstat(path)
+        if not stat.S_ISSOCK(found.st_mode):
+            raise OSError(errno.EADDRINUSE, "the file there is not a socket; it was left unchanged")
+        # Not normalized, since `..` after a link is the parent of the link's target.
+        absolute = os.path.join(os.getcwd(), path)
+        return cls(absolute, found.st_dev, found.st_ino, found.st_mtime_ns, os.getpid())
+
+    def exists(self) -> bool:
+        try:
+            return SocketFile.at(self.path) == self
+        except OSError:
+            return False
+
+    def remove(self) -> None:
+        """Remove the file, unless another file has replaced it."""
+        if not self.exists():
+            return
+        try:
+            os.unlink(self.path)
+        except OSError as exc:
+            logger.warning("cannot remove the socket %s: %s", self.path, exc.strerror)
+
+
+async def listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFile]:
+    """Return a listening socket and its new file, which at no moment allows more than its mode."""
+    try:
+        async with _locked(os.path.dirname(path) or "."):
+            return _listen(path, mode, backlog)
+    except OSError as exc:
+        raise OSError(exc.errno or errno.ENAMETOOLONG, f"cannot listen on {path}: {exc.strerror or exc}") from exc
+
+
+def _listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFile]:
+    with ExitStack() as undo:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        undo.callback(sock.close)
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # on Linux, the file then has this mode from the start
+            os.fchmod(sock.fileno(), mode)
+        if not _try_bind(sock, path):
+            _remove_stale(path)
+            if not _try_bind(sock, path):
+                raise OSError(errno.EADDRINUSE, "another server has just created a socket there")
+        file = SocketFile.at(path)
+        undo.callback(file.remove)
+        if stat.S_IMODE(os.lstat(path).st_mode) != mode:
+            try:
+                os.chmod(path, mode, follow_symlinks=False)  # the umask has changed it; nobody can connect yet
+            except NotImplementedError:
+                reason = "its mode cannot be changed: a link has just replaced it, or /proc is missing"
+                raise OSError(errno.EADDRINUSE, reason) from None
+        sock.listen(backlog)
+        if not file.exists():
+            raise OSError(errno.EADDRINUSE, "another file has just replaced it")
+        undo.pop_all()
+    return sock, file
+
+
+@asynccontextmanager
+async def _locked(directory: str) -> AsyncIterator[None]:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield  # it is not readable, or does not exist; then bind() says so
+        return
+    try:
+        time = asyncio.get_running_loop().time
+        deadline = time() + _limits.FILE_LOCK_TIMEOUT
+        while not _lock(descriptor):
+            if time() > deadline:
+                raise OSError(errno.EAGAIN, "another program holds a lock on its directory")
+            await asyncio.sleep(_limits.FILE_LOCK_RETRY)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks it
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _try_bind(sock: socket.socket, path: str) -> bool:
+    """Bind the socket, unless a file exists there; bind() follows no link and replaces nothing."""
+    try:
+        sock.bind(path)
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a stale socket, or raise if the file is anything else."""
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
+        file = SocketFile.at(path)
+        if _is_in_use(path):
+            raise OSError(errno.EADDRINUSE, "another server is listening there")
+        if file.exists():
+            os.unlink(path)
+
+
+def _is_in_use(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError as exc:
+            if exc.errno == errno.EPROTOTYPE:
+                return True  # a socket of another type, such as datagrams
+            raise
+    return True

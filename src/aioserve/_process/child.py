@@ -1,0 +1,99 @@
+"""
+The child process of `serving_process()`: the command line, controlled by a parent.
+
+The child inherits the listening sockets and three other descriptors: a file with the `Handover`, a pipe for its events,
+and the lifeline, a pipe to which the parent writes one byte to force a stop. When the lifeline ends, the parent has
+died, however that happened. Then the child stops, and exits after a limited time, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+from aioserve._net.listeners import Listener
+from aioserve._process import messages, program
+from aioserve._settings import parse
+from aioserve._signals import Signals
+from aioserve._uvicorn.logs import log_config
+
+
+def run(app: str, descriptors: str) -> int:
+    """Serve as the parent says, and return the exit code."""
+    handover_file, events, lifeline = map(int, descriptors.split(","))
+    with open(handover_file) as file:
+        handover = messages.Handover(**json.load(file))
+    for fd in (events, lifeline, *(fd for fd, _lent in handover.listeners)):
+        os.set_inheritable(fd, False)
+    sys.path[:] = handover.path
+    signals = Signals((signal.SIGINT, signal.SIGTERM))
+    link = ParentLink(signals, lifeline, handover.parent, handover.stop_timeout)
+    link.start()
+
+    def send(event: messages.Event) -> None:
+        if event["event"] != "ready":
+            link.server_ended()
+        line = memoryview(json.dumps(event).encode() + b"\n")
+        try:
+            while line:
+                line = line[os.write(events, line) :]
+        except BrokenPipeError:
+            pass  # the parent has died, and the lifeline has ended, too
+
+    options = {"log_level": "warning", "stop_on_signals": True, **handover.options}
+    options.setdefault("log_config", log_config(options["log_level"]))
+    listeners = [Listener(socket.socket(fileno=fd), lent=lent) for fd, lent in handover.listeners]
+    try:
+        settings = parse(app, options)
+    except Exception as exc:  # noqa: BLE001 (a logging configuration can raise anything)
+        send(messages.failed(exc))
+        return program.NOT_STARTED
+    return program.run(settings, send, listeners=listeners, signals=signals)
+
+
+class ParentLink:
+    """Watches the lifeline in a thread, and sends the main thread signals when the parent forces a stop, or dies."""
+
+    def __init__(self, signals: Signals, lifeline: int, parent: int, stop_timeout: float) -> None:
+        self._signals = signals
+        self._lifeline = lifeline
+        self._parent = parent
+        self._stop_timeout = stop_timeout
+        self._ended = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="aioserve lifeline", daemon=True).start()
+
+    def server_ended(self) -> None:
+        """Send no more signals, so that they do not disturb the interpreter's exit."""
+        self._ended = True
+
+    def _watch(self) -> None:
+        # The main thread is to get the signals; one that this thread got would not wake it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        poll = select.poll()
+        poll.register(self._lifeline, select.POLLIN)
+        # A fork of the parent may keep the lifeline open after the parent's death.
+        try:
+            poll.register(os.pidfd_open(self._parent), select.POLLIN)
+        except (AttributeError, OSError):
+            pass  # this system has no pidfds, or the parent has died already, which the lifeline tells as well
+        while os.getppid() == self._parent and [self._lifeline] == [fd for fd, _ in poll.poll()]:
+            if not os.read(self._lifeline, 1):
+                break
+            self._send(signal.SIGINT)  # the second signal, after the parent's SIGTERM
+        if not self._signals.count:  # a second one would force
+            self._send(signal.SIGTERM)
+        time.sleep(self._stop_timeout)
+        os._exit(program.FORCED)
+
+    def _send(self, signum: int) -> None:
+        ident = threading.main_thread().ident
+        if not self._ended and ident is not None:
+            signal.pthread_kill(ident, signum)

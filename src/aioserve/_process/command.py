@@ -1,0 +1,255 @@
+"""
+The command line: `aioserve package.module:app`, or `python -m aioserve package.module:app`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import sys
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import click
+import uvicorn
+
+from aioserve._options import REFUSED, Options
+from aioserve._process import child, messages
+from aioserve._process.program import run
+from aioserve._settings import parse
+from aioserve._uvicorn.logs import log_config
+
+logger: logging.Logger = logging.getLogger("aioserve")
+
+# The exit code for a wrong command line, as in most programs.
+USAGE_ERROR = 2
+
+
+def seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """Return a number of seconds, or `None` for no limit."""
+    if value is None or value.lower() == "none":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a number of seconds or none", ctx, param) from None
+
+
+def descriptor(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Return the number of an open file descriptor."""
+    if value is not None:
+        try:
+            os.fstat(value)
+        except (OverflowError, OSError):
+            raise click.BadParameter(f"{value} is not an open file descriptor", ctx, param) from None
+    return value
+
+
+def mode(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Return the mode of a file from its octal digits."""
+    try:
+        return None if value is None else int(value, 8)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not an octal number", ctx, param) from None
+
+
+def writable(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    """Return the number of a file descriptor that can be written to."""
+    value = descriptor(ctx, param, value)
+    if value is not None and fcntl.fcntl(value, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise click.BadParameter(f"descriptor {value} is not writable", ctx, param)
+    return value
+
+
+class Command(click.Command):
+    """A command whose help shows its options in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections; the last one has all other options."""
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        others = {each.name: record for each in options if (record := each.get_help_record(ctx)) is not None}
+        for title, names in SECTIONS.items():
+            records = [others.pop(name) for name in names or tuple(others) if name in others]
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+UVICORN_OPTIONS: dict[str, click.Parameter] = {str(each.name): each for each in uvicorn.main.params}
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "App": ("factory", "app_dir", "lifespan", "interface", "root_path"),
+    "Addresses": ("host", "port", "uds", "uds_mode", "fd", "systemd", "systemd_name", "reuse_port", "backlog"),
+    "Start and stop": ("startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "ready_fd"),
+    "TLS": tuple(name for name in UVICORN_OPTIONS if name.startswith("ssl_")),
+    "Logs": ("log_level", "log_config", "access_log", "use_colors"),
+    "Program": ("loop", "version", "help", "_click_default_help"),  # the last two are one, by click's version
+    "Other uvicorn options": (),
+}
+
+
+def show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Print the versions and exit."""
+    if value and not ctx.resilient_parsing:
+        python = f"{platform.python_implementation()} {platform.python_version()}"
+        click.echo(f"aioserve {version('aioserve-asgi')} with uvicorn {uvicorn.__version__} on {python}")
+        ctx.exit()
+
+
+def _seconds(name: str, description: str) -> click.Option:
+    return click.Option([name], metavar="SECONDS", callback=seconds, help=description)
+
+
+OWN_OPTIONS: list[click.Parameter] = [
+    click.Argument(["app"]),
+    click.Option(["--factory"], is_flag=True, help="APP is a function that makes the app."),
+    click.Option(["--app-dir"], default="", help="Look for APP in this directory.  [default: the current directory]"),
+    click.Option(
+        ["--host"],
+        multiple=True,
+        help="A name or an address to listen on; can be given several times.  [default: 127.0.0.1]",
+    ),
+    click.Option(["--port"], type=int, help="0 takes a free port, the same on every address.  [default: 8000]"),
+    click.Option(["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, not on TCP."),
+    click.Option(["--uds-mode"], metavar="OCTAL", callback=mode, help="Its file's mode, like 660.  [default: 600]"),
+    click.Option(["--fd"], type=int, callback=descriptor, help="Listen on an inherited socket, by its descriptor."),
+    click.Option(
+        ["--systemd"],
+        is_flag=True,
+        help="Listen on the sockets that systemd passes; if there are none, on what the other options say.",
+    ),
+    click.Option(["--systemd-name"], metavar="NAME", help="The same, but only those with this FileDescriptorName."),
+    click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),
+    _seconds("--startup-timeout", "How long the app's startup may take.  [default: 60; none: no limit]"),
+    _seconds("--shutdown-timeout", "How long requests in flight may take to finish.  [default: 10; none: no limit]"),
+    _seconds("--drain-delay", "How long to keep accepting after a stop is asked for.  [default: 0]"),
+    _seconds("--disconnect-after", "How long until receive() says http.disconnect.  [default: the shutdown timeout]"),
+    click.Option(
+        ["--ready-fd"],
+        type=int,
+        callback=writable,
+        help="Write one line of JSON to this descriptor and close it: where it serves, or why it cannot start.",
+    ),
+    click.Option(
+        ["--loop"],
+        type=click.Choice(["auto", "asyncio", "uvloop"]),
+        default="auto",
+        help="The event loop; auto is uvloop, if it is installed.  [default: auto]",
+    ),
+    click.Option(
+        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="Show the versions."
+    ),
+    click.Option(["--for-parent"], hidden=True, help="Descriptors that serving_process() has passed."),
+]
+
+# Those of uvicorn's options that aioserve takes.
+PASSED_OPTIONS = [
+    each
+    for name, each in UVICORN_OPTIONS.items()
+    if name in Options.__optional_keys__ and name not in {each.name for each in OWN_OPTIONS}
+]
+
+
+@click.command(cls=Command, params=[*OWN_OPTIONS, *PASSED_OPTIONS], context_settings={"max_content_width": 120})
+@click.pass_context
+def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: Any) -> int:
+    """
+    Serve the ASGI app APP, an import string like package.module:app.
+
+    When it serves, it prints its URLs, one per line. It serves until Ctrl+C or SIGTERM, and then stops gracefully; a
+    second signal forces the stop. Logs go to standard error.
+
+    Exit codes: 0 after a graceful stop; 1 after a forced stop or a crash; 2 for a wrong command line; 3 if it could not
+    start.
+    """
+    if for_parent is not None:
+        return child.run(app, for_parent)
+
+    default = click.core.ParameterSource.DEFAULT
+    given = {name: value for name, value in given.items() if ctx.get_parameter_source(name) is not default}
+    loop, app_dir, ready_fd = given.pop("loop", "auto"), given.pop("app_dir", ""), given.pop("ready_fd", None)
+    sys.path.insert(0, os.path.abspath(app_dir))
+    try:
+        settings = parse(app, _as_options(given))
+    except Exception as exc:  # (a logging configuration can raise anything)
+        raise click.UsageError(str(exc)) from exc
+
+    settings = settings._replace(started_hint=" (Press CTRL+C to quit)")
+    return run(settings, partial(report_event, ready_fd=ready_fd), loop=loop)
+
+
+def _as_options(given: dict[str, Any]) -> dict[str, Any]:
+    options = {"stop_on_signals": True, "log_config": log_config(given.get("log_level", "info")), **given}
+    if "headers" in options:
+        for header in options["headers"]:
+            if ":" not in header:
+                raise click.UsageError(f"--header must look like name:value, not {header!r}")
+        options["headers"] = [tuple(header.split(":", 1)) for header in options["headers"]]
+    if "systemd_name" in options:
+        options["systemd"] = options.pop("systemd_name")
+    if not any(name in options for name in ("uds", "fd", "systemd")):
+        options.setdefault("port", 8000)
+    return options
+
+
+def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
+    """Print where it serves, or why it does not, and write it as JSON to `ready_fd`."""
+    if event["event"] == "ready":
+        with suppress(OSError):  # nobody reads standard output
+            click.echo("\n".join(event["urls"]))
+    elif event["error"] is not None:
+        failed = event["event"] == "failed" and event["error"]["type"] != "StartupInterruptedError"
+        print_error("cannot start: " if failed else "", event["error"])
+    if event["event"] in ("ready", "failed") and ready_fd is not None:
+        try:
+            with open(ready_fd, "wb") as out:
+                out.write(json.dumps({**event, "pid": os.getpid()}).encode() + b"\n")
+        except OSError as exc:
+            logger.warning("cannot write to descriptor %d: %s", ready_fd, exc.strerror)
+
+
+def print_error(prefix: str, error: dict[str, Any]) -> None:
+    """Print one line to standard error; log the traceback of the app's own exception first."""
+    if error["traceback"]:
+        logger.error("%s", error["traceback"].rstrip())
+    filename = f": {error['filename']}" if error["filename"] else ""
+    print_line(f"{prefix}{error['message']}{filename}")
+
+
+def print_line(line: str) -> None:
+    """Print one line to standard error."""
+    with suppress(OSError):
+        click.echo("aioserve: " + line.replace("\n", " "), err=True)
+
+
+def open_missing_descriptors() -> None:
+    """
+    Open the null device for standard descriptors that are closed, so that nothing else gets their numbers.
+
+    Otherwise libuv, which uvloop is built on, aborts the process when it closes one of them.
+    """
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # this takes the lowest number that is free
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    open_missing_descriptors()
+    try:
+        code = command.main(standalone_mode=False)
+    except click.NoSuchOption as exc:
+        name = exc.option_name.lstrip("-").replace("-", "_")
+        reason = REFUSED.get(name) if name in UVICORN_OPTIONS else None
+        print_line(f"there is no option {exc.option_name}: {reason}" if reason else exc.format_message())
+        code = USAGE_ERROR
+    except click.ClickException as exc:
+        print_line(exc.format_message())
+        code = USAGE_ERROR
+    sys.exit(code)

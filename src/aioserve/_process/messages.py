@@ -1,0 +1,142 @@
+"""
+What parent and child say to each other, and how it is written as JSON.
+
+The parent gives the child a `Handover` when it starts it. The child answers with events, one JSON object per line:
+"ready" when it serves, or "failed" if it could not start; and "stopped" when a server that was ready has stopped. The
+command line reports the same events to its user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import traceback
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from aioserve import _errors, _limits
+from aioserve._errors import ServingError
+from aioserve._options import LISTEN_OPTIONS, check_names, check_values
+from aioserve._report import Report, UnfinishedHandler
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aioserve._server import Server
+
+Event: TypeAlias = dict[str, Any]
+
+# These options are only for the parent.
+_FOR_PARENT = LISTEN_OPTIONS | {"stop_on_signals", "startup_timeout"}
+
+# The fields of a report that are handlers.
+_HANDLERS = ("disconnected", "cancelled")
+
+
+class Handover(NamedTuple):
+    """What the child has to know before it starts."""
+
+    options: dict[str, Any]
+    listeners: list[tuple[int, bool]]
+    """Of each listening socket: its descriptor, and whether it is lent."""
+    path: list[str]
+    """The parent's `sys.path`."""
+    parent: int
+    """The parent's process id."""
+    stop_timeout: float
+    """How long the child may take to stop when its parent has died."""
+
+
+def options_for_child(app: object, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for the child; raise a `TypeError` if they, or the app, cannot be passed to a process."""
+    if not isinstance(app, str):
+        raise TypeError(
+            f'an app for another process must be an import string like "package.module:attribute", not {app!r}; '
+            "the child process imports it"
+        )
+    if app.partition(":")[0] == "__main__":
+        raise TypeError(f"{app!r} cannot be passed to another process, which has another __main__; name the module")
+    check_names(options)
+    check_values(options)
+    passed: dict[str, Any] = {"startup_timeout": None}
+    for name, value in options.items():
+        if name in _FOR_PARENT:
+            continue
+        passed[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        try:
+            json.dumps(passed[name])
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name}={value!r} cannot be passed to another process: it is an object of this one; "
+                "pass a file name or an import string, if the option takes one"
+            ) from None
+    return passed
+
+
+def ready(server: Server) -> Event:
+    return {"event": "ready", "url": server.url, "urls": server.urls, "host": server.host, "port": server.port}
+
+
+def failed(error: BaseException) -> Event:
+    return {"event": "failed", "error": encode_error(error)}
+
+
+def stopped(report: Report | None, error: BaseException | None) -> Event:
+    return {
+        "event": "stopped",
+        "report": None if report is None else encode_report(report),
+        "error": None if error is None else encode_error(error),
+    }
+
+
+def encode_error(error: BaseException) -> dict[str, Any]:
+    system_error = error if isinstance(error, OSError) else OSError()
+    return {
+        "type": type(error).__name__,
+        "message": str(system_error.strerror or error),
+        "errno": system_error.errno,
+        "filename": system_error.filename,
+        "traceback": _app_traceback(error.__cause__) if isinstance(error, ServingError) else "",
+    }
+
+
+def decode_error(encoded: Mapping[str, Any]) -> BaseException:
+    """Return an error of the same class; a `ServingError` if its class is unknown."""
+    error: BaseException
+    if encoded["errno"] is not None:
+        kind = ssl.SSLError if encoded["type"].startswith("SSL") else OSError
+        error = kind(encoded["errno"], encoded["message"], *([encoded["filename"]] if encoded["filename"] else []))
+    else:
+        kinds = {"TypeError": TypeError, "ValueError": ValueError, **vars(_errors)}
+        error = kinds.get(encoded["type"], ServingError)(encoded["message"])
+    if encoded["traceback"]:
+        error.add_note(f"In the child process:\n{encoded['traceback'].rstrip()}")
+    return error
+
+
+def encode_report(report: Report) -> dict[str, Any]:
+    return {**vars(report), **{name: [vars(each) for each in getattr(report, name)] for name in _HANDLERS}}
+
+
+def decode_report(encoded: Mapping[str, Any]) -> Report:
+    def handler(fields: Mapping[str, Any]) -> UnfinishedHandler:
+        client = fields["client"] and tuple(fields["client"])
+        return UnfinishedHandler(**{**fields, "client": client, "where": tuple(fields["where"])})
+
+    return Report(**{**encoded, **{name: tuple(map(handler, encoded[name])) for name in _HANDLERS}})
+
+
+def _app_traceback(error: BaseException | None) -> str:
+    """Return the traceback without our own frames; nothing if no frame is left."""
+    frame = None if error is None else error.__traceback__
+    while frame is not None and not _is_apps(frame):
+        frame = frame.tb_next
+    if error is None or frame is None:
+        return ""
+    return "".join(traceback.format_exception(type(error), error, frame))[-_limits.TRACEBACK_CHARACTERS :]
+
+
+def _is_apps(frame: TracebackType) -> bool:
+    module = frame.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] not in ("aioserve", "uvicorn", "importlib", "__main__")

@@ -1,0 +1,361 @@
+"""
+`serving_process()`: the exit contract of `_serving.py`, with the app in a child process.
+
+The child runs our own command line. The parent binds, so it raises what `serving()` raises, and passes the listening
+sockets to the child. The loop watches a pipe for the child's events, and a descriptor for its end. SIGTERM asks the
+child to stop, a byte on the lifeline forces it (two signals in a row may arrive as one), and SIGKILL ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any
+
+from aioserve import _limits
+from aioserve._errors import (
+    ServerCrashedError,
+    ServingError,
+    ShutdownError,
+    StartupError,
+    StartupInterruptedError,
+    StartupTimeoutError,
+)
+from aioserve._process import messages
+from aioserve._server import ServerHandle
+from aioserve._serving import ServingBody, check_loop, listen, wait_started
+from aioserve._settings import parse
+from aioserve._signals import Signals, signal_name
+from aioserve._waiting import ServerTask
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from typing import Unpack
+
+    from aioserve._net.listeners import Listener
+    from aioserve._options import Options
+    from aioserve._settings import Settings
+
+# A `uvicorn.Config` made with these would configure the logging of this process.
+_LOGGING_OPTIONS = ("log_config", "log_level", "use_colors")
+
+
+class ServerProcess(ServerHandle):
+    """
+    A running server in a child process: where it listens, and how to end it.
+
+    You get one from `serving_process()`. Use it in the event loop in which it was started; only `close()` can be called
+    from anywhere.
+    """
+
+    _engine: ChildProcess
+
+    def __init__(self, child: ChildProcess) -> None:
+        self._engine = child
+        self._loop = asyncio.get_running_loop()
+        self._host, self._port = child.address
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._engine.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The child's exit code, or a signal's number, negated; `None` while it runs."""
+        return self._engine.process.returncode
+
+    def _status(self) -> str:
+        return "closed" if self._engine.closed.is_set() else "running"
+
+    def __repr__(self) -> str:
+        return f"<aioserve.ServerProcess {self.pid} {self.url} {self._status()}>"
+
+
+@asynccontextmanager
+async def serving_process(app: str, **options: Unpack[Options]) -> AsyncIterator[ServerProcess]:
+    """
+    Serve an ASGI app in a child process for the length of a block.
+
+        async with serving_process("package.module:app", port=8000) as server:
+            print(server.url, server.pid)
+            await run_everything_else()
+
+    The contract is that of `serving()`, for an app that needs its own interpreter. Nothing is pickled: the child
+    imports the app, with this program's `sys.path` and working directory. It shares our standard output and error, and
+    has no standard input; Ctrl+C does not reach it. If it dies while the body runs, the body is cancelled, and
+    `ServerCrashedError` is raised. If this program dies, in whatever way, the child stops.
+
+    Args:
+        app: An import string ``"package.module:attribute"``.
+        options: As in `serving()`; those that are objects of this process (`ssl_context_factory`, a class for `http` or
+            `ws`) are refused. `startup_timeout` counts from the start of the child, imports included. The child logs
+            warnings and errors to its standard error, unless `log_level` or `log_config`, which are only for the child,
+            say otherwise. `stop_on_signals` is only for this process.
+
+    Yields:
+        ServerProcess: The running server.
+
+    Raises:
+        OSError, StartupError, ServerCrashedError, ShutdownError, TypeError, ValueError, RuntimeError: As in
+            `serving()`. If the app raised, a note has its traceback as text. `ShutdownError` also says that the child
+            had to be killed.
+    """
+    check_loop()
+    passed = messages.options_for_child(app, options)
+    settings = parse(app, {name: value for name, value in options.items() if name not in _LOGGING_OPTIONS})
+    signals = Signals(settings.stop_on_signals)
+    signals.install()
+    try:
+        child = ChildProcess(app, passed, settings, await listen(settings, signals))
+        child.start()
+        server = ServerProcess(child)
+        await wait_started(server, signals)
+        async with server, ServingBody(server, signals):
+            yield server
+    finally:
+        signals.release()
+
+
+class ChildProcess(ServerTask):
+    """The child process that runs a server."""
+
+    process: subprocess.Popen[bytes]
+    _events: int
+    _lifeline: IO[bytes]
+    _pidfd: int | None = None
+
+    def __init__(self, app: str, options: dict[str, Any], settings: Settings, listeners: Sequence[Listener]) -> None:
+        super().__init__()
+        scheme = "https" if settings.config.ssl_certfile else "http"
+        self.urls = [listener.url(scheme) for listener in listeners]
+        self.address: tuple[str | None, int | None] = listeners[0].host, listeners[0].port
+        self._app = app
+        self._options = options
+        self._settings = settings
+        self._listeners = listeners
+        self._asked_at: float | None = None
+        self._forced = False
+        self._startup_expired = False
+        self._killed = False
+        self._said_last = False  # its last event has come
+        self._buffer = b""
+        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
+
+    def start(self) -> None:
+        """Start the process, and watch it."""
+        budget = self._settings.shutdown_timeout
+        handover = messages.Handover(
+            options=self._options,
+            listeners=[(listener.socket.fileno(), listener.lent) for listener in self._listeners],
+            path=[os.path.abspath(each) for each in sys.path],
+            parent=os.getpid(),
+            stop_timeout=_limits.longest_stop(
+                self._settings.drain_delay, _limits.ORPHAN_SHUTDOWN if budget is None else budget
+            ),
+        )
+        try:
+            self.process, self._events, self._lifeline = _spawn(self._app, handover)
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            raise
+        for listener in self._listeners:
+            listener.socket.close()  # the child has its own; ours would keep the port busy after its death
+
+        self._loop.add_reader(self._events, self._on_readable)
+        try:
+            self._pidfd = os.pidfd_open(self.process.pid)
+        except (AttributeError, OSError):
+            pass  # not supported on this system; then the pipe's end counts as the end of the child
+        else:
+            self._loop.add_reader(self._pidfd, self._on_exit)
+        if self._settings.startup_timeout is not None:
+            self._call_later(self._settings.startup_timeout, self._on_startup_timeout)
+
+    # The child's events and its end.
+
+    def _on_readable(self) -> None:
+        if self._read():
+            self._loop.remove_reader(self._events)
+            if self._pidfd is None:
+                self._on_exit()
+
+    def _read(self) -> bool:
+        """Handle the events that have come, and return whether the pipe has ended."""
+        ended = True
+        try:
+            while chunk := os.read(self._events, 65536):
+                self._buffer += chunk
+        except BlockingIOError:
+            ended = False
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for line in lines:
+            self._handle(json.loads(line))
+        return ended
+
+    def _handle(self, event: messages.Event) -> None:
+        self._cancel_timer(self._on_startup_timeout)
+        if event["event"] == "ready":
+            self.started = True
+            self._settings.notify_systemd("READY=1")
+            self._set_ready()
+            return
+
+        self._said_last = True
+        if event["error"] is not None:
+            self.error = messages.decode_error(event["error"])
+        if event.get("report") is not None:
+            self.report = messages.decode_report(event["report"])
+        # The app may have threads and exit handlers that take time.
+        self._call_later(max(_limits.CHILD_EXIT, self._settings.shutdown_timeout or 0), self._kill)
+
+    def _on_exit(self) -> None:
+        if self._pidfd is not None:
+            self._read()
+        self._kill_group()  # its own children
+        self.process.wait()
+        if self._pidfd is not None:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        self._loop.remove_reader(self._events)
+        os.close(self._events)
+        self._lifeline.close()
+        for listener in self._listeners:
+            listener.remove_file()
+        for action in list(self._timers):
+            self._cancel_timer(action)
+
+        self._set_error()
+        crashed = self.started and self._asked_at is None and isinstance(self.error, ServerCrashedError)
+        self.closed.set()
+        self._set_ready()
+        if crashed and self.on_crash is not None:
+            self.on_crash()
+
+    def _set_error(self) -> None:
+        ended = self._exit_status()
+        if not self._said_last:
+            self.error = self._error_of_death(ended)
+        elif self._killed and self.error is None:
+            self.error = ShutdownError(f"{ended}: the server had stopped, but its process did not end")
+        elif self.error is None and not self.started:
+            self.error = StartupInterruptedError("the server was told to stop before it had started")
+        if self._startup_expired and isinstance(self.error, StartupInterruptedError):
+            message = f"the app did not start within startup_timeout={self._settings.startup_timeout:g} seconds"
+            self.error = StartupTimeoutError(f"{message}; its process was told to stop")
+            self.error.__cause__ = TimeoutError(message)
+
+    def _error_of_death(self, ended: str) -> ServingError:
+        if self._asked_at is None:
+            if self.started:
+                return ServerCrashedError(f"{ended} while it was serving")
+            return StartupError(f"{ended} before the app had started")
+        if not self.started:
+            return StartupInterruptedError(f"{ended}: it was told to stop before it had started")
+        if self._killed:
+            took = self._loop.time() - self._asked_at
+            return ShutdownError(f"{ended}: it did not stop within {took:.3g} seconds")
+        return ServerCrashedError(f"{ended} while it was stopping")
+
+    def _exit_status(self) -> str:
+        code = self.process.returncode
+        status = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
+        return f"the child process {self.process.pid} ended ({status})"
+
+    # Stopping the child.
+
+    def close(self, deadline: float | None = None, *, begin: bool = False) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._close, deadline)
+
+    def _close(self, deadline: float | None) -> None:
+        if self.closed.is_set():
+            return
+        now = self._loop.time()
+        if self._asked_at is None:
+            self._asked_at = now
+            self._settings.notify_systemd("STOPPING=1")
+            self.process.send_signal(signal.SIGTERM)
+            budget = self._settings.shutdown_timeout
+            if budget is not None:
+                longest = _limits.longest_stop(self._settings.drain_delay, budget)
+                self._call_later(longest + _limits.CHILD_EXIT, self._kill)
+        if deadline is not None and not self._forced:
+            if deadline <= now:
+                self._force()
+            else:
+                self._call_later(deadline - now, self._force)
+
+    def _force(self) -> None:
+        self._forced = True
+        with suppress(BrokenPipeError):  # it has ended
+            self._lifeline.write(b"!")
+        self._call_later(_limits.longest_stop(0, 0) + _limits.CHILD_EXIT, self._kill)
+
+    def _on_startup_timeout(self) -> None:
+        self._startup_expired = True
+        self._close(self._loop.time())
+
+    def _kill(self) -> None:
+        self._killed = True
+        self._kill_group()
+        self.process.kill()  # it may have left its group
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # it has ended, or is about to (macOS)
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _call_later(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do something so many seconds from now, unless it is to be done earlier anyway."""
+        timer = self._timers.get(action)
+        if timer is not None and timer.when() <= self._loop.time() + seconds:
+            return
+        self._cancel_timer(action)
+        self._timers[action] = self._loop.call_later(seconds, action)
+
+    def _cancel_timer(self, action: Callable[[], None]) -> None:
+        timer = self._timers.pop(action, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def _spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[bytes], int, IO[bytes]]:
+    """Start the child; return it, the reading end of its events, and the writing end of its lifeline."""
+    with tempfile.TemporaryFile("w+") as file, ExitStack() as undo, ExitStack() as childs:
+        json.dump(handover._asdict(), file)
+        file.seek(0)
+        events, childs_events = os.pipe()
+        undo.callback(os.close, events)
+        childs.callback(os.close, childs_events)
+        childs_lifeline, lifeline = os.pipe()
+        undo.callback(os.close, lifeline)
+        childs.callback(os.close, childs_lifeline)
+        os.set_blocking(events, False)
+
+        fds = (file.fileno(), childs_events, childs_lifeline)
+        process = subprocess.Popen(  # noqa: S603 (ourselves)
+            [
+                sys.executable,
+                *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]  # as multiprocessing does
+                "-P",  # so that modules in the current directory do not hide those that we import
+                "-m",
+                "aioserve",
+                "--for-parent",
+                ",".join(map(str, fds)),
+                "--",
+                app,
+            ],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(*fds, *(fd for fd, _lent in handover.listeners)),
+            process_group=0,  # so that the terminal's Ctrl+C is only for the parent
+        )
+        undo.pop_all()
+    return process, events, open(lifeline, "wb", buffering=0)

@@ -1,0 +1,95 @@
+"""
+Runs a server as a whole program: for the command line, and in the child process of `serving_process()`.
+
+Other than `asyncio.run(serve(..., stop_on_signals=True))`, it reports events and returns an exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from aioserve._errors import ServingError, StartupInterruptedError
+from aioserve._process import messages
+from aioserve._serving import start_with
+from aioserve._signals import Signals, signal_name
+
+if TYPE_CHECKING:
+    from aioserve._net.listeners import Listener
+    from aioserve._settings import Settings
+
+# Exit codes.
+GRACEFUL = 0
+FORCED = 1
+NOT_STARTED = 3
+
+
+def run(
+    settings: Settings,
+    on_event: Callable[[messages.Event], None],
+    *,
+    loop: str = "auto",
+    listeners: Sequence[Listener] | None = None,
+    signals: Signals | None = None,
+) -> int:
+    """
+    Serve until a signal comes, and return the exit code.
+
+    `on_event` is called with each event: "ready" or "failed", then "stopped". A caller can pass listeners that are open
+    already, and the signals of the settings if it needs to know whether one has come.
+    """
+    if signals is None:
+        signals = Signals(settings.stop_on_signals)
+    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+        return runner.run(_serve(settings, on_event, listeners, signals))
+
+
+async def _serve(
+    settings: Settings,
+    on_event: Callable[[messages.Event], None],
+    listeners: Sequence[Listener] | None,
+    signals: Signals,
+) -> int:
+    signals.install()
+    try:
+        try:
+            server = await start_with(settings, signals, listeners)
+        except (OSError, ServingError) as exc:
+            on_event(messages.failed(exc))
+            return GRACEFUL if isinstance(exc, StartupInterruptedError) else NOT_STARTED
+        server._engine.on_crash = lambda: None  # the event below reports it, so the engine need not log it
+        on_event(messages.ready(server))
+
+        with contextlib.suppress(ServingError):
+            await server.wait_closed()
+        report, error = server.report, server._engine.error
+        on_event(messages.stopped(report, error))
+        return FORCED if error is not None or report is None or report.was_forced else GRACEFUL
+    finally:
+        for signum in settings.stop_on_signals:
+            signal.signal(signum, _exit)  # while our handlers are still there, so that there always is one
+        signals.release()
+
+
+def _exit(signum: int, _frame: object) -> None:
+    """Handle a signal that comes when the server has stopped: exit at once if threads delay the exit."""
+    threads = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+    if threads:
+        names = ", ".join(each.name for each in threads)
+        with contextlib.suppress(OSError):
+            os.write(2, f"aioserve: {signal_name(signum)}: exiting without waiting for threads: {names}\n".encode())
+        os._exit(FORCED)
+
+
+def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if loop == "asyncio" or (loop == "auto" and importlib.util.find_spec("uvloop") is None):
+        return asyncio.new_event_loop
+    import uvloop
+
+    return uvloop.new_event_loop

@@ -1,0 +1,117 @@
+"""
+What a server says about itself: what it is doing, and how it was closed.
+
+These classes are namespaces, and not dataclasses, since a dataclass takes a millisecond to make at the import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+_ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
+
+
+class Stats(SimpleNamespace):
+    """What a server is doing and has done, at the moment of asking."""
+
+    connections: int
+    """Open connections, idle ones and WebSockets included."""
+    in_flight: int
+    """Requests and WebSockets whose handler is running."""
+    served: int
+    """HTTP responses completed since the start."""
+
+
+class UnfinishedHandler(SimpleNamespace):
+    """A handler that was still running when its time was over."""
+
+    method: str
+    """The request's method; ``"WEBSOCKET"`` for a WebSocket."""
+    path: str
+    """The request's path, without the query string."""
+    client: tuple[str, int] | None
+    """The client's address and port; `None` where it has none, as on a Unix socket."""
+    where: tuple[str, ...]
+    """The coroutines that were waiting for each other, outermost first, each with its file and line."""
+    stuck: bool
+    """Whether the handler was cancelled and was still running when the server had closed."""
+
+    def __str__(self) -> str:
+        client = ":".join(map(str, self.client)) if self.client else "?"
+        inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
+        where = f" in {inner[-1]}" if inner else ""
+        return f"{self.method} {self.path} of {client}{where}{', which is still running' if self.stuck else ''}"
+
+
+class Report(SimpleNamespace):
+    """How a server was closed."""
+
+    duration: float
+    """Seconds from the moment the stop was asked for until the end."""
+    aborted: int
+    """Connections that were dropped."""
+    disconnected: tuple[UnfinishedHandler, ...]
+    """Handlers that were told of a disconnect because the time was over, and then ended by themselves."""
+    cancelled: tuple[UnfinishedHandler, ...]
+    """Handlers that were cancelled because the time was over."""
+    lifespan_stuck: bool
+    """Whether the app's lifespan was cancelled and was still running when the server had closed."""
+
+    def __init__(
+        self,
+        duration: float = 0.0,
+        aborted: int = 0,
+        disconnected: tuple[UnfinishedHandler, ...] = (),
+        cancelled: tuple[UnfinishedHandler, ...] = (),
+        lifespan_stuck: bool = False,
+    ) -> None:
+        self.duration = duration
+        self.aborted = aborted
+        self.disconnected = disconnected
+        self.cancelled = cancelled
+        self.lifespan_stuck = lifespan_stuck
+
+    @property
+    def was_forced(self) -> bool:
+        """Whether anything had to be forced."""
+        return bool(self.aborted or self.disconnected or self.cancelled or self.lifespan_stuck)
+
+    def summary(self, name: str) -> str:
+        """Say in one line what had to be forced, and which handlers these were."""
+        line = (
+            f"{name}: forced shutdown: {_count(len(self.disconnected), 'handler')} disconnected, "
+            f"{len(self.cancelled)} cancelled, {_count(self.aborted, 'connection')} dropped"
+        )
+        handlers = [*self.cancelled, *self.disconnected]
+        shown = [*map(str, handlers[:5]), *(["..."] if len(handlers) > 5 else [])]
+        return f"{line} ({'; '.join(shown)})" if shown else line
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def unfinished_handler(scope: dict[str, Any], task: asyncio.Task[Any]) -> UnfinishedHandler:
+    return UnfinishedHandler(
+        method=scope.get("method", "WEBSOCKET"),
+        path=scope.get("path", "?"),
+        client=scope.get("client"),
+        where=_await_chain(task.get_coro()),
+        stuck=False,
+    )
+
+
+def _await_chain(waiting: Any) -> tuple[str, ...]:
+    chain = []
+    while waiting is not None:
+        for kind, awaited in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
+            frame = getattr(waiting, f"{kind}_frame", None)
+            if frame is not None:
+                chain.append(f"{waiting.__qualname__} ({frame.f_code.co_filename}:{frame.f_lineno})")
+                waiting = getattr(waiting, f"{kind}_{awaited}")
+                break
+        else:
+            break
+    return tuple(chain)

@@ -1,0 +1,177 @@
+"""
+From an app and its options to checked settings.
+"""
+
+# Without annotations from the future: a NamedTuple compiles each that is a string.
+
+import functools
+import inspect
+import os
+import signal
+import warnings
+from collections.abc import Collection, Mapping
+from ssl import SSLContext
+from typing import Any, NamedTuple
+
+import uvicorn
+
+from aioserve import _options
+from aioserve._limits import check_timeout
+from aioserve._net import listeners
+from aioserve._options import TIMEOUTS, App
+from aioserve._uvicorn.config import make_config
+
+_HOST = "127.0.0.1"
+_UDS_MODE = 0o600
+_LISTEN_ON_FREE_PORT = functools.partial(listeners.listen_on_addresses, _HOST, 0, reuse_port=False)
+
+
+class Settings(NamedTuple):
+    config: uvicorn.Config
+    listen: listeners.Listen
+    systemd_states: tuple[str, ...]
+    """What systemd is told: "READY=1", "STOPPING=1"."""
+    ssl: SSLContext | None
+    access_log: bool
+    startup_timeout: float | None
+    shutdown_timeout: float | None
+    drain_delay: float
+    disconnect_after: float | None
+    stop_on_signals: tuple[int, ...]
+    started_hint: str = ""
+    """What the log line of the start says behind the URLs."""
+
+    def notify_systemd(self, state: str) -> None:
+        if state in self.systemd_states:
+            from aioserve._net.systemd import notify  # imported already, since its sockets were asked for
+
+            notify(state)
+
+
+def parse(app: App, options: Mapping[str, Any]) -> Settings:
+    """
+    Check the app and the options, and return them as settings.
+
+    Raises:
+        TypeError: The app cannot be served, or an option is unknown, refused, of the wrong type, or cannot be combined
+            with another.
+        ValueError: An option's value is out of range.
+    """
+    _options.check_names(options)
+    return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
+
+
+def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
+    if not isinstance(app, str) and not callable(app):
+        raise TypeError(
+            f'app must be an ASGI callable, an import string like "package.module:attribute" or a uvicorn.Config, '
+            f"not {app!r}"
+        )
+    if isinstance(app, str) and not all(app.partition(":")):
+        raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
+    if options:
+        _options.check_values(options)
+
+    # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
+    # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
+    access_log = options.get("access_log", True)
+    passed = {
+        name: value for name, value in options.items() if name not in _options.OWN_OPTIONS and name != "access_log"
+    }
+    systemd = options.get("systemd")
+    return Settings(
+        config=make_config(app, passed),
+        listen=_how_to_listen(options),
+        # The stop of one of several servers, which are told apart by name, is not that of the service.
+        systemd_states=("READY=1", "STOPPING=1") if systemd is True else ("READY=1",) if systemd else (),
+        ssl=options.get("ssl"),
+        access_log=access_log,
+        stop_on_signals=_signals(options),
+        **_timeouts(options),
+    )
+
+
+def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
+    allowed = {*TIMEOUTS, "stop_on_signals"}
+    again = [name for name in options if name not in allowed and not (name == "uds_mode" and config.uds is not None)]
+    if again:
+        instead = "set it there" if again[0] in _options.config_parameters() else "pass the app instead of the Config"
+        raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; {instead}")
+    timeouts = _timeouts(options)
+    if config.timeout_graceful_shutdown is not None:
+        if "shutdown_timeout" in options:
+            raise TypeError("pass either shutdown_timeout or the Config's timeout_graceful_shutdown, not both")
+        timeout = check_timeout("timeout_graceful_shutdown", config.timeout_graceful_shutdown)
+        timeouts = timeouts | {"shutdown_timeout": timeout}
+
+    if getattr(config, "http2", False):
+        raise TypeError(f"a uvicorn.Config with http2 cannot be served: {_options.REFUSED['http2']}")
+    where: dict[str, Any] = {"host": config.host, "port": config.port}  # the order is uvicorn's
+    if config.fd is not None:
+        where = {"fd": config.fd}
+    elif config.uds is not None:
+        where = {"uds": config.uds, "uds_mode": options.get("uds_mode", _UDS_MODE)}
+    _options.check_values({**where, **{name: options[name] for name in allowed & options.keys()}})
+    refused = {"reload": config.reload, "workers": config.workers > 1, "callback_notify": config.callback_notify}
+    ignored = " and ".join(name for name, is_set in refused.items() if is_set)
+    if ignored:
+        _warn(f"ignored {ignored} of the uvicorn.Config, which cannot apply inside a running program")
+    return Settings(
+        config=config,
+        listen=_how_to_listen(where),
+        systemd_states=(),
+        ssl=None,
+        access_log=config.access_log,
+        stop_on_signals=_signals(options),
+        **timeouts,
+    )
+
+
+def _how_to_listen(options: Mapping[str, Any]) -> listeners.Listen:
+    if options.keys().isdisjoint(_options.LISTEN_OPTIONS):
+        return _LISTEN_ON_FREE_PORT
+    listen: listeners.Listen
+    kind = next((name for name in ("uds", "fd", "sockets") if options.get(name) is not None), None)
+    if kind == "uds":
+        listen = functools.partial(
+            listeners.listen_on_path, os.fspath(options["uds"]), options.get("uds_mode", _UDS_MODE)
+        )
+    elif kind == "fd":
+        listen = functools.partial(listeners.listen_on_descriptors, [options["fd"]])
+    elif kind == "sockets":
+        listen = functools.partial(listeners.listen_on_sockets, options["sockets"])
+    else:
+        host, port = options.get("host", _HOST), options.get("port", 0)
+        listen = functools.partial(
+            listeners.listen_on_addresses, host, port, reuse_port=options.get("reuse_port", False)
+        )
+
+    systemd = options.get("systemd", False)
+    if systemd is False or systemd is None:
+        return listen
+    if kind in ("fd", "sockets"):
+        raise TypeError(f"pass either systemd or {kind}, not both")
+    has_fallback = kind is not None or "host" in options or "port" in options or options.get("reuse_port")
+    return functools.partial(
+        listeners.listen_on_systemd_sockets, None if systemd is True else systemd, listen if has_fallback else None
+    )
+
+
+def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = TIMEOUTS.keys() & options.keys()
+    return TIMEOUTS | {name: check_timeout(name, options[name]) for name in given} if given else TIMEOUTS
+
+
+def _signals(options: Mapping[str, Any]) -> tuple[int, ...]:
+    signals: bool | Collection[int] = options.get("stop_on_signals", False)
+    if isinstance(signals, bool):
+        return (signal.SIGINT, signal.SIGTERM) if signals else ()
+    return tuple(dict.fromkeys(signals))
+
+
+def _warn(message: str) -> None:
+    """Warn, and point to the user's line."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

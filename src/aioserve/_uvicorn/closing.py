@@ -1,0 +1,73 @@
+"""
+"connection: close" on the last response of a connection, from the moment that a stop is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aioserve._uvicorn.protocols import is_http, unanswered_cycles
+
+if TYPE_CHECKING:
+    from aioserve._uvicorn.protocols import Observer
+
+CLOSE = (b"connection", b"close")
+
+
+def announce_close(connection: Any, observer: Observer) -> None:
+    """Let every response of an HTTP connection that has not begun yet say "connection: close"."""
+    if not is_http(connection) or isinstance(connection.server_state, ClosingState):
+        return
+    connection.server_state = state = ClosingState(connection, observer)
+    for cycle in unanswered_cycles(connection):
+        cycle.default_headers = state.default_headers
+
+
+class ClosingState:
+    """
+    Takes the place of uvicorn's state for one connection that is to close.
+
+    So a request costs nothing for it before a stop is asked for.
+    """
+
+    def __init__(self, connection: Any, observer: Observer) -> None:
+        self._connection = connection
+        self._observer = observer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._observer.state, name)
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        self._observer.request_started(self._connection)
+        return ClosingHeaders(self._connection, self._observer)
+
+    @property
+    def total_requests(self) -> int:
+        return self._observer.state.total_requests
+
+    @total_requests.setter
+    def total_requests(self, value: int) -> None:
+        self._observer.state.total_requests = value
+        self._observer.response_completed(self._connection)
+
+
+class ClosingHeaders(list[tuple[bytes, bytes]]):
+    """
+    The default headers, to which "connection: close" is added when a response begins.
+
+    Not in an answer to an upgrade (101), nor where the client has sent more requests already: none of these would be
+    answered. (RFC 9112, 9.6.)
+    """
+
+    def __init__(self, connection: Any, observer: Observer) -> None:
+        super().__init__(observer.state.default_headers)
+        self._connection = connection
+        self._observer = observer
+
+    def __add__(self, others: Any) -> Any:
+        connection = self._connection
+        is_upgraded = connection not in connection.connections
+        if is_upgraded or self._observer.has_more_requests(connection):
+            return [*self, *others]
+        return [*self, *(each for each in others if each[0].lower() != CLOSE[0]), CLOSE]

@@ -1,0 +1,91 @@
+"""
+`receive()` says `http.disconnect`, while `send()` still works.
+
+uvicorn has one flag for both. `receive()` waits for an event, clears it, and looks at the flag; so the event is
+replaced, and the flag looks different right after the event was cleared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from aioserve import _limits
+from aioserve._uvicorn.logs import silence_expected_errors
+
+
+def disconnect(cycle: Any, unread: Callable[[Any], int]) -> None:
+    """
+    Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
+
+    For that, `unread` tells how many bytes of its connection have arrived and are not read yet.
+    """
+    if isinstance(cycle.message_event, _DisconnectEvent):
+        return
+    silence_expected_errors(cycle)
+    cycle.message_event = _DisconnectEvent(cycle, unread)
+    cycle.__class__ = _disconnected_class(type(cycle))  # type: ignore[arg-type]
+    cycle.message_event.wake_up()
+
+
+class _DisconnectEvent:
+    """In place of a cycle's `asyncio.Event`: where there is no other message, it is the disconnect."""
+
+    def __init__(self, cycle: Any, unread: Callable[[Any], int]) -> None:
+        self._cycle = cycle
+        self._unread = unread
+        self._event = cycle.message_event  # a handler may be waiting for it
+        self._has_message = cycle.message_event.is_set()
+        self._turns = _limits.BODY_TURNS
+
+    def wake_up(self) -> None:
+        """Wake the handler up, unless what has arrived is about to."""
+        if self._body_is_coming():
+            asyncio.get_running_loop().call_soon(self.wake_up)
+        else:
+            self._event.set()
+
+    async def wait(self) -> bool:
+        while self._body_is_coming():  # noqa: ASYNC110 (the loop reads it, and has no event for that)
+            await asyncio.sleep(0)
+        return True
+
+    def _body_is_coming(self) -> bool:
+        """Whether more of the request's body has arrived and is about to be read; with a limit to the looks."""
+        self._turns -= 1
+        return self._turns > 0 and not self._has_message and bool(self._cycle.more_body and self._unread(self._cycle))
+
+    def set(self) -> None:
+        self._has_message = True
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return True
+
+    def clear(self) -> None:
+        if self._has_message:
+            self._has_message = False
+        else:
+            self._cycle.says_disconnected = True
+
+
+@functools.cache
+def _disconnected_class(cycle_class: type[Any]) -> type[Any]:
+    class DisconnectedCycle(cycle_class):  # type: ignore[misc]
+        says_disconnected = False
+
+        @property
+        def disconnected(self) -> bool:
+            if self.says_disconnected:
+                self.says_disconnected = False
+                return True
+            disconnected: bool = self.__dict__["disconnected"]
+            return disconnected
+
+        @disconnected.setter
+        def disconnected(self, value: bool) -> None:
+            self.__dict__["disconnected"] = value
+
+    return DisconnectedCycle

@@ -1,0 +1,142 @@
+"""
+What state a connection is in, for each of uvicorn's protocols; and whose handler a task runs.
+
+Every function here answers a question, but for the first and the last. A connection is one of uvicorn's protocol
+objects; a cycle is one request of it, with its response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    import uvicorn
+    from uvicorn.server import ServerState
+
+    from aioserve._lifespan import Lifespan
+
+    class Observer(Protocol):
+        """Who is told of connections; and, from when a stop is asked for, of their requests."""
+
+        @property
+        def state(self) -> ServerState: ...
+        def connection_added(self, connection: Any) -> None: ...
+        def connection_removed(self, connection: Any) -> None: ...
+        def request_started(self, connection: Any) -> None: ...
+        def response_completed(self, connection: Any) -> None: ...
+        def has_more_requests(self, connection: Any) -> bool: ...
+
+
+ConnectionState: TypeAlias = Literal["busy", "partial", "new", "idle"]
+"""
+Why a connection cannot be closed yet:
+
+    busy       a request is being handled
+    partial    a part of a request has arrived
+    new        nothing has arrived yet: a first request may be on its way
+    idle       it can be closed
+"""
+
+
+def create_protocol(
+    config: uvicorn.Config, server_state: ServerState, lifespan: Lifespan, access_log: bool
+) -> asyncio.Protocol:
+    """Make what handles a connection that was accepted."""
+    protocol: Any = config.http_protocol_class(
+        config=config,  # type: ignore[call-arg]  # uvicorn types it as a bare asyncio.Protocol
+        server_state=server_state,
+        app_state=lifespan.state,
+    )
+    if not access_log:
+        protocol.access_log = False
+    return protocol  # type: ignore[no-any-return]
+
+
+def is_http(connection: Any) -> bool:
+    """Whether it is an HTTP connection, and not a WebSocket."""
+    return hasattr(connection, "cycle")
+
+
+def connection_state(connection: Any) -> ConnectionState:
+    """Return the state of a connection by what has been read from it."""
+    if not is_http(connection):
+        return "idle"  # a WebSocket can be closed with 1012 at any time
+    cycle = connection.cycle
+    if cycle is not None and not cycle.response_complete:
+        return "busy"
+
+    scope = None if cycle is None else cycle.scope
+    if hasattr(connection, "pipeline"):  # httptools
+        partial = connection.scope is not scope
+    elif hasattr(connection.conn, "trailing_data"):  # h11
+        partial = bool(connection.conn.trailing_data[0])
+    else:  # zttp does not show a first request
+        partial = cycle is not None and not cycle.more_body and connection.timeout_keep_alive_task is None
+    if partial:
+        return "partial"
+    return "new" if cycle is None else "idle"
+
+
+def unanswered_cycles(connection: Any) -> list[Any]:
+    """The cycles whose response is not complete: the current one, and with httptools those that wait behind it."""
+    cycles = [getattr(connection, "cycle", None), *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
+    return [cycle for cycle in cycles if cycle is not None and not cycle.response_complete]
+
+
+def has_read_more(connection: Any) -> bool:
+    """Whether more requests, or a part of one, have been read behind the current one."""
+    if hasattr(connection, "pipeline"):  # httptools
+        return bool(connection.pipeline) or connection.scope is not connection.cycle.scope
+    trailing: tuple[bytes, bool] | None = getattr(connection.conn, "trailing_data", None)  # h11; zttp does not show it
+    return trailing is not None and bool(trailing[0]) and not connection.cycle.more_body
+
+
+def has_unread_body(connection: Any) -> bool:
+    """Whether a request has its answer, and the rest of its body may still come."""
+    return connection.cycle is not None and connection.cycle.more_body
+
+
+def is_handshake_complete(websocket: Any) -> bool:
+    """Whether the app has accepted or refused a WebSocket."""
+    completed: asyncio.Event | None = getattr(websocket, "handshake_completed_event", None)
+    return bool(websocket.handshake_complete) if completed is None else completed.is_set()
+
+
+def tasks_behind(websocket: Any) -> list[asyncio.Task[Any]]:
+    """The tasks of the legacy WebSocket protocol that outlive their connection by some turns of the loop."""
+    tasks = [getattr(websocket, name, None) for name in ("handler_task", "close_connection_task")]
+    return [task for task in tasks if task is not None and not task.done()]
+
+
+def handled_by(task: asyncio.Task[Any]) -> Any:
+    """The cycle or the WebSocket protocol whose handler runs in a task; `None` where the task is not a handler."""
+    frame = getattr(task.get_coro(), "cr_frame", None)
+    if frame is None or frame.f_code.co_name != "run_asgi":
+        return None
+    return frame.f_locals.get("self")
+
+
+def scope_of(task: asyncio.Task[Any]) -> dict[str, Any]:
+    """The ASGI scope of the request whose handler runs in a task; empty where the task is not a handler."""
+    return getattr(handled_by(task), "scope", {})
+
+
+def cancel_keep_alive_timer(connection: Any) -> None:
+    """Cancel the timer of a connection that is lost or has become a WebSocket; and keep it from setting another."""
+    timer = connection.timeout_keep_alive_task
+    if timer is not None:
+        timer.cancel()
+    cycle = connection.cycle
+    if cycle is not None and not cycle.response_complete:
+        # An upgrade that came in one packet with a request before it: the answer to that is still to come.
+        on_response = cycle.on_response
+
+        def without_timer(*args: Any) -> None:
+            on_response(*args)
+            if connection.timeout_keep_alive_task is not None:
+                connection.timeout_keep_alive_task.cancel()
+
+        cycle.on_response = without_timer

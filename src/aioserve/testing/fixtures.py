@@ -1,0 +1,117 @@
+"""
+What the fixtures of the pytest plugin return.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from contextlib import AsyncExitStack, ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anyio.from_thread import start_blocking_portal
+
+from aioserve._server import Server
+from aioserve.testing.clients import make_client
+from aioserve.testing.servers import start_checked
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack
+
+    import httpx
+    from anyio.from_thread import BlockingPortal
+
+    from aioserve._options import App, Options
+    from aioserve.testing.servers import CheckedServer
+
+
+class ServerFactory(Protocol):
+    """The type of the fixture `aioserve_server`."""
+
+    async def __call__(self, app: App, /, **options: Unpack[Options]) -> Server:
+        """Serve an app until the end of the fixture's scope; arguments and errors are those of `server()`."""
+
+
+class ClientFactory(Protocol):
+    """The type of the fixture `aioserve_client`."""
+
+    async def __call__(self, app_or_server: App | Server, /, **options: Any) -> httpx.AsyncClient:
+        """Open a client until the end of the fixture's scope; arguments and errors are those of `client()`."""
+
+
+class LiveServerFactory(Protocol):
+    """The type of the fixture `aioserve_live_server`."""
+
+    def __call__(self, app: App, /, **options: Unpack[Options]) -> Server:
+        """Serve an app in a thread until then; arguments and errors are those of `live_server()`."""
+
+
+class Opened:
+    """Opens servers and clients, and closes all in reverse order; the errors of several are raised as one group."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stack = AsyncExitStack()
+        self._errors: list[Exception] = []
+
+    async def server(self, app: App, /, **options: Unpack[Options]) -> Server:
+        """Implement `ServerFactory`."""
+        self._check_loop()
+        checked = await start_checked(app, options)
+        self._stack.push_async_callback(self._close, checked)
+        return checked.server
+
+    async def client(self, app_or_server: App | Server, /, **options: Any) -> httpx.AsyncClient:
+        """Implement `ClientFactory`."""
+        self._check_loop()
+        running = app_or_server if isinstance(app_or_server, Server) else await self.server(app_or_server)
+        client = make_client(running.url, options)
+        self._stack.push_async_callback(self._close, client)
+        return client
+
+    async def _close(self, opened: httpx.AsyncClient | CheckedServer) -> None:
+        __tracebackhide__ = True
+        try:
+            await opened.__aexit__(None, None, None)
+        except Exception as exc:  # noqa: BLE001 (so that the others are closed, too)
+            self._errors.append(exc)
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "this fixture of aioserve runs in another event loop than the test. With pytest-asyncio, give the "
+                "tests of a module the loop of the fixture's scope: pytestmark = pytest.mark.asyncio(loop_scope=...), "
+                "or asyncio_default_test_loop_scope in the configuration. If anyio's plugin is used as well, set both "
+                "anyio_mode and asyncio_mode to strict"
+            )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, exc_type: object, exc: object, tb: object) -> None:
+        __tracebackhide__ = True
+        await self._stack.aclose()
+        if len(self._errors) > 1:
+            raise ExceptionGroup(f"{len(self._errors)} servers or clients failed to close", self._errors[::-1])
+        for error in self._errors:
+            raise error
+
+
+class LiveServers(ExitStack):
+    """Opens servers in a thread, which starts with the first of them, and closes all in reverse order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._portal: BlockingPortal | None = None
+        self._opened: Opened
+
+    def start(self, app: App, /, **options: Unpack[Options]) -> Server:
+        """Implement `LiveServerFactory`."""
+        with self._lock:
+            if self._portal is None:
+                portal = self.enter_context(start_blocking_portal())
+                self._opened = self.enter_context(portal.wrap_async_context_manager(portal.call(Opened)))
+                self._portal = portal
+        return self._portal.call(functools.partial(self._opened.server, app, **options))

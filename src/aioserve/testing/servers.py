@@ -1,0 +1,118 @@
+"""
+Servers for tests: a test fails if its server had to use force to stop.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+import uvicorn
+from anyio.from_thread import start_blocking_portal
+
+from aioserve._serving import start
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from types import TracebackType
+    from typing import Unpack
+
+    from aioserve._options import App, Options
+    from aioserve._server import Server
+
+SHUTDOWN_TIMEOUT = 1.0
+
+
+@asynccontextmanager
+async def server(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]:
+    """
+    Serve an ASGI app for a block of a test.
+
+    Args:
+        app: As in `aioserve.serving()`.
+        options: As in `aioserve.serving()`; but `disconnect_after` defaults to 0, and `shutdown_timeout` to 1 second.
+
+    Yields:
+        Server: The running server.
+
+    Raises:
+        AssertionError: At the end, handlers had to be cancelled, or connections dropped; the message says which.
+        ServerCrashedError: The app's lifespan died in the block; this is raised at its end.
+        OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `aioserve.serving()`.
+    """
+    async with await start_checked(app, options) as running:
+        yield running
+
+
+@contextmanager
+def live_server(app: App, **options: Unpack[Options]) -> Iterator[Server]:
+    """
+    Serve an ASGI app in a thread for a block of a synchronous test.
+
+        with testing.live_server(app) as live:
+            response = requests.get(live.url)
+
+    Args:
+        app: As in `aioserve.serving()`.
+        options: As in `server()`.
+
+    Yields:
+        Server: The running server; of its methods, only `close()` can be called from other threads.
+
+    Raises:
+        AssertionError, ServingError, OSError, TypeError, ValueError: As in `server()`.
+    """
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(server(app, **options)) as running:
+        yield running
+
+
+class CheckedServer:
+    """Closes a server, and raises an error if that took force."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def __aenter__(self) -> Server:
+        return self.server
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        if self.server._awaited:
+            return
+        try:
+            await self.server.__aexit__(exc_type, exc, tb)
+        except BaseException as failure:
+            failure.add_note(f"aioserve: this happened to {self.server.url}")
+            if forced := self._forced():
+                failure.add_note(f"aioserve: {forced}")
+            raise
+        if not (forced := self._forced()):
+            return
+        if exc is None:
+            raise AssertionError(
+                f"{forced}. End in the test what it started, find out why the handler does not end, or give the server "
+                "a longer shutdown_timeout"
+            )
+        exc.add_note(f"aioserve: {forced}")
+
+    def _forced(self) -> str | None:
+        report = self.server.report
+        if report is None or not (report.aborted or report.cancelled):
+            return None  # a lifespan that is stuck has raised an error already
+        summary = report.summary(self.server.url)
+        if any(handler.stuck for handler in report.cancelled) and sys.__stderr__ is not None:
+            # pytest shows what it captures only when the test has ended; this one may not, since its loop waits.
+            print(f"\naioserve: {summary}", file=sys.__stderr__, flush=True)
+        return summary
+
+
+async def start_checked(app: App, options: Options) -> CheckedServer:
+    """Start a server with the defaults for tests."""
+    defaults: Options = {"disconnect_after": 0}
+    if not (isinstance(app, uvicorn.Config) and app.timeout_graceful_shutdown is not None):
+        defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
+    completed: Options = {**defaults, **options}
+    return CheckedServer(await start(app, **completed))
