@@ -1,5 +1,5 @@
 """
-What every test has: the event loops, and a check that nothing is left behind.
+What every test uses: the event loops, TLS, and a check that nothing is left behind.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import trustme
 import uvloop
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
-from aioserve import _lifespan, _shutdown
+from aioserve import _limits
 from aioserve.testing import assert_nothing_left
-from tests import walk
+from tests.helpers import walk
 
-# For programs that are run as such; pyproject.toml says the same to pytest.
+# For programs that run in a process of their own; pyproject.toml has the same for pytest.
 WARNINGS_ARE_ERRORS = [
     "-Werror",
     "-Wignore:The `websockets` implementation is deprecated",
@@ -42,14 +42,14 @@ if sys.version_info < (3, 12):
 
 
 def eager_loop() -> asyncio.AbstractEventLoop:
-    """Make a loop whose tasks begin at once, where they are created."""
+    """Make a loop whose tasks begin at once when they are created."""
     loop = asyncio.new_event_loop()
     loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 (mypy looks with the oldest Python)
     return loop
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Choose what the whole suite runs on: uvicorn has several protocols, and which is "auto" is decided here."""
+    """Add the options that choose loops and protocols; a protocol that is chosen becomes uvicorn's "auto"."""
     parser.addoption("--loop", action="append", choices=list(LOOPS), help=f"default: {' and '.join(DEFAULT_LOOPS)}")
     parser.addoption("--integration", action="store_true", help="run the tests that need more than Python and pip")
     parser.addoption("--http", choices=list(HTTP_PROTOCOLS), default="auto", help='what uvicorn takes for http="auto"')
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make uvicorn choose what was chosen here, and the walks take as long steps."""
+    """Apply the options to uvicorn's tables of protocols, and to the walks."""
     walk.every = config.getoption("--every")
     for option, protocols in (("--http", HTTP_PROTOCOLS), ("--ws", WS_PROTOCOLS)):
         chosen: dict[str, str | None] = dict(protocols)
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every async test on every loop, or on those that it names."""
+    """Run every async test on each chosen loop, or on the loops that it names."""
     named = any("loop_name" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "loop_name" in metafunc.fixturenames and not named:
         metafunc.parametrize("loop_name", metafunc.config.getoption("--loop") or DEFAULT_LOOPS)
@@ -74,12 +74,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def anyio_backend(loop_name: str) -> tuple[str, dict[str, Any]]:
-    """Tell anyio's plugin."""
+    """Choose the loop for anyio's plugin."""
     return "asyncio", LOOPS[loop_name]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many points the walks have tried."""
+    """Print how many points the walks have tried."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
     points = sum(dict(report.user_properties).get("points", 0) for report in reports)
     if points:
@@ -88,9 +88,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_finish() -> None:
     """
-    Spare the collections after each test what will never be garbage: the imported modules.
+    Exclude the imported modules, which are never garbage, from the collections after each test.
 
-    And let uvloop have the two pipes that it keeps from its first loop on.
+    And let uvloop open the two pipes that it keeps from its first loop on.
     """
     uvloop.new_event_loop().close()
     gc.collect()
@@ -98,20 +98,20 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_logfinish() -> None:
-    """Spare them also what a test has imported, or put into a cache; this takes a third from the whole run."""
+    """Exclude also what a test has imported or cached; the whole run takes a third less time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def authority() -> trustme.CA:
-    """Issue certificates."""
+    """Make a certificate authority."""
     return trustme.CA()
 
 
 @pytest.fixture
 def trusting(authority: trustme.CA) -> ssl.SSLContext:
-    """Make a client's context, which trusts them."""
+    """Make a client's context that trusts the authority."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
     return context
@@ -119,22 +119,22 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
 
 @pytest.fixture
 def tls_options(authority: trustme.CA, tmp_path: Path) -> dict[str, Any]:
-    """Make the options of a server with TLS: uvicorn's own."""
+    """Make uvicorn's options for a server with TLS."""
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
     return {"ssl_certfile": str(tmp_path / "server.pem")}
 
 
 @pytest.fixture
 def tls(tls_options: dict[str, Any], trusting: ssl.SSLContext) -> tuple[dict[str, Any], ssl.SSLContext]:
-    """Both of these."""
+    """Return the options of a server with TLS, and the context of its client."""
     return tls_options, trusting
 
 
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the bounds for what has been cancelled, for tests that run into them."""
-    monkeypatch.setattr(_shutdown, "CANCELLED_HANDLERS", 0.05)
-    monkeypatch.setattr(_lifespan.Lifespan, "grace", 0.05)
+    """Shorten the time that cancelled handlers and lifespans get, for tests in which it passes."""
+    monkeypatch.setattr(_limits, "CANCELLED_HANDLERS", 0.05)
+    monkeypatch.setattr(_limits, "LIFESPAN_GRACE", 0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,6 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
-    """The same for a test with a loop, its tasks and timers included."""
+    """Fail a test with a loop that leaves something behind, including tasks and timers."""
     async with assert_nothing_left(thread_pools=True):
         yield

@@ -1,5 +1,5 @@
 """
-A small program as a systemd socket unit starts it; on SIGHUP it stops and is started again, with the same sockets.
+A small program for a systemd socket unit; on SIGHUP it stops and starts itself again, with the same sockets.
 
 It prints "started" and the number of requests that it has answered.
 """
@@ -22,19 +22,19 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def main() -> int:
-    """Serve until a signal comes, and return which."""
-    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    """Serve until a signal comes, and return the signal."""
+    signalled: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGHUP, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, told.set_result, number)
+        asyncio.get_running_loop().add_signal_handler(number, signalled.set_result, number)
     async with serving(app, systemd=True, lifespan="off") as server:
         print("started", flush=True)
-        await told
+        await signalled
     print(server.stats.served, flush=True)
-    return told.result()
+    return signalled.result()
 
 
 if __name__ == "__main__":
-    # In between nobody handles the signals; that they come too early must not end it.
+    # Between two runs there are no handlers: a signal that comes too early must not end the program.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if asyncio.run(main()) == signal.SIGHUP:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

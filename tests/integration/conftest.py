@@ -15,14 +15,14 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 
 def program(name: str, package: str) -> str:
-    """Where it is."""
+    """Return the path of a program."""
     found = shutil.which(name)
     assert found is not None, f"{name} is not installed; on Debian: apt-get install {package}"
     return found
 
 
 def free_port() -> int:
-    """A port for a program that cannot say which it has taken."""
+    """Return a port for a program that cannot say which one it has bound."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.programs import ROOT
+from tests.helpers.programs import ROOT
 
 
 @contextmanager
 def load(port: int, clients: int, kind: str) -> Iterator[dict[str, int]]:
-    """Ask all the time, as tests/load.py says; what was counted is there when the block is over."""
-    # Not in the way of servers that have to start.
-    command = ["nice", sys.executable, str(ROOT / "tests/load.py"), str(port), str(clients), kind]
+    """Run the clients of tests/helpers/load.py during the block; fill what is yielded with their counts after it."""
+    # With low priority, so that servers can start.
+    command = ["nice", sys.executable, str(ROOT / "tests/helpers/load.py"), str(port), str(clients), kind]
     counted: dict[str, int] = {}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         try:
@@ -25,4 +25,4 @@ def load(port: int, clients: int, kind: str) -> Iterator[dict[str, int]]:
             counted.update(json.loads(process.communicate()[0] or "{}"))
         finally:
             process.kill()
-    assert process.returncode == 0, "somebody was refused, or got an answer that was none of the app's"
+    assert process.returncode == 0, "a client was refused, or got an answer that is not the app's"

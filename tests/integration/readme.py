@@ -1,26 +1,26 @@
 """
-The README's files: a block of code whose first line is a comment with the file's name.
+The files in the README: each is a block of code whose first line is a comment with the file's name.
 """
 
 from __future__ import annotations
 
 import re
 
-from tests.programs import ROOT
+from tests.helpers.programs import ROOT
 
 
 def file(name: str) -> str:
-    """What the README says is in a file of that name."""
+    """Return the content of the file with that name in the README."""
     return _only(rf"^```\w+\n(# {re.escape(name)}\n.*?)^```$")
 
 
 def command(beginning: str) -> str:
-    """The line that begins so, of those that the README has for a shell."""
+    """Return the shell command of the README with this beginning."""
     return _only(rf"^```console\n({re.escape(beginning)}[^\n]*)\n```$")
 
 
 def sums(column: str) -> list[float]:
-    """The numbers in a column of the table of how long a stop can take; the last one is the supervisor's limit."""
+    """Return the numbers in a column of the table of times of a stop; the last one is the supervisor's limit."""
     table = _readme().split("How long a stop can take is a sum")[1].split("\n\n")[1].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     numbers = [re.search(r"\d+$", row[rows[0].index(column)].strip("`")) for row in rows[2:]]

@@ -1,23 +1,22 @@
 """
-How long a stop can take, of a server that the command line runs.
+How long a stop of the command line can take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aioserve import _options
-from aioserve.__main__ import command
-from aioserve._lifespan import Lifespan
-from aioserve._shutdown import longest
-from tests.apps import App
+from aioserve import _limits
+from aioserve._process.command import command
+from aioserve._settings import parse
+from tests.helpers.apps import App
 
 
 def longest_stop(arguments: Sequence[str]) -> float:
-    """Return it in seconds, for what comes behind "python -m aioserve"."""
+    """Return the longest time of a stop in seconds, for these arguments of "python -m aioserve"."""
     with command.make_context("aioserve", [*arguments]) as context:
         names = ("drain_delay", "shutdown_timeout")
         given = {name: context.params[name] for name in names if context.params[name] is not None}
-    settings = _options.parse(App, given)
+    settings = parse(App, given)
     assert settings.shutdown_timeout is not None
-    return longest(settings.drain_delay, settings.shutdown_timeout, Lifespan.grace)
+    return _limits.longest_stop(settings.drain_delay, settings.shutdown_timeout)

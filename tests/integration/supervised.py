@@ -1,10 +1,10 @@
 """
-What systemd does with a service that has a socket; the socket is what systemd-socket-activate hands down.
+Does what systemd does with a service that has a socket; the socket comes from systemd-socket-activate.
 
     systemd-socket-activate --listen=ADDRESS python supervised.py LIMIT COMMAND...
 
 It starts the command. Each line of input restarts it: SIGTERM, at most LIMIT seconds, and the next one; the end of the
-input stops it. It prints what the command prints, and behind each run its exit code.
+input stops it. It prints what the command prints, and after each run its exit code.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import subprocess
 import sys
 
-FIRST = 3  # where systemd's descriptors begin
+FIRST = 3  # the first descriptor of systemd
 
 
 def run(command: list[str], limit: float) -> bool:
-    """Run the command once; return whether it is to be run again."""
+    """Run the command once; return whether to run it again."""
     process = subprocess.Popen(  # noqa: S603
         command,
         pass_fds=[FIRST],

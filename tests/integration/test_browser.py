@@ -18,17 +18,17 @@ from playwright.sync_api import Page, sync_playwright
 
 from aioserve import Swappable, serving
 from aioserve.demo import Worker, make_app
+from tests.helpers.programs import Program
 from tests.integration.conftest import program
-from tests.programs import Program
 
 pytestmark = pytest.mark.timeout(180)  # a browser takes seconds to start, and more on a busy machine
 
 PICTURE = Path(__file__).parent / "demo.png"
 
-# What it says and what it draws is for nobody; as root it has no sandbox; and it reaches nothing but this machine.
+# Nobody sees the window; as root there is no sandbox; and no other machine can be reached.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
-# Keeps what the page has shown, each value in turn. Were the page loaded again, it would begin anew.
+# Records each value that the page shows. If the page was reloaded, the record would be empty.
 RECORD = """
 window.seen = {count: [], events: [], echo: []}
 new MutationObserver(mutations => {
@@ -36,7 +36,7 @@ new MutationObserver(mutations => {
 }).observe(document, {subtree: true, childList: true})
 """
 
-# Whether each of the three has shown two more values since so many.
+# Whether each of the three has shown two more values since a number of values.
 LIVE = """
 since => Object.entries(window.seen).every(([id, texts]) =>
   new Set(texts.slice(since[id]).filter(text => /^(hello [(])?[0-9]+[)]?$/.test(text))).size >= 2)
@@ -44,7 +44,7 @@ since => Object.entries(window.seen).every(([id, texts]) =>
 
 HOW_MANY = "() => Object.fromEntries(Object.entries(window.seen).map(([id, texts]) => [id, texts.length]))"
 
-# Whether each of the three has shown that its server has gone.
+# Whether each of the three has shown that there is no server.
 GONE = """
 () => window.seen.count.includes("no server") && window.seen.events.includes("no server")
   && window.seen.echo.includes("closed: 1012")
@@ -64,8 +64,8 @@ def stop(demo: Program) -> None:
     assert demo.end() == (0, "")
 
 
-def test_the_page_outlives_its_server() -> None:
-    """Three conversations are live, end in order with the demo, and go on with the next one; nobody loads it again."""
+def test_page_of_the_demo_reconnects_when_its_server_is_restarted() -> None:
+    """Its three connections end in order with the server, and are made again with the next one, without a reload."""
     ended: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
@@ -96,7 +96,7 @@ def take_picture(page: Page) -> None:
     page.screenshot(path=PICTURE, clip={"x": 0, "y": 0, "width": 760, "height": 400})
 
 
-def test_the_picture_in_the_readme_is_there() -> None:
+def test_picture_in_the_readme_exists() -> None:
     """And is small."""
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
     assert re.search(r"!\[.*\]\(tests/integration/demo\.png\)", readme)
@@ -104,7 +104,7 @@ def test_the_picture_in_the_readme_is_there() -> None:
     assert PICTURE.stat().st_size < 60_000
 
 
-async def test_a_browser_and_its_server_can_share_a_loop() -> None:
+async def test_browser_and_server_can_share_a_loop() -> None:
     """With Playwright's own asyncio interface; and the page goes on when its app is swapped."""
     worker = Worker()
     working = asyncio.create_task(worker.run())
@@ -117,7 +117,7 @@ async def test_a_browser_and_its_server_can_share_a_loop() -> None:
         await page.wait_for_function(LIVE, arg={"count": 0, "events": 0, "echo": 0})
 
         await swappable.swap(make_app(worker), shutdown_timeout=0)
-        # The stream is the old app's, and would go on for ever; the browser then asks for a new one.
+        # The stream belongs to the old app, and does not end by itself; the browser then requests a new one.
         await page.wait_for_function(
             "() => window.seen.echo.includes('closed: 1012') && window.seen.events.includes('no server')"
         )

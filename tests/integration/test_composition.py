@@ -1,7 +1,7 @@
 """
-The README's whole program: a bot, a worker, a scheduler, an API and metrics, with one end.
+The README's whole program: a bot, a worker, a scheduler, an API and metrics, which end together.
 
-Redis is a real one; the bot is a real one, too, and Telegram a server of the test's.
+Redis and the bot are real ones; Telegram is a server of the test.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aioserve import serving
+from tests.helpers.programs import Program
 from tests.integration import readme
 from tests.integration.conftest import program
-from tests.programs import Program
 
 pytestmark = [
     pytest.mark.parametrize("loop_name", ["asyncio"]),  # the program chooses its own
-    pytest.mark.timeout(180),  # it imports much, and is started again
+    pytest.mark.timeout(180),  # it imports many modules, and is started several times
 ]
 
-TOKEN = "42:token"  # noqa: S105 (nobody's)
+TOKEN = "42:token"  # noqa: S105 (not a real one)
 CHAT = 12
 MESSAGE = {"message_id": 1, "date": 1, "chat": {"id": CHAT, "type": "private"}}
 
-# What the program's parts say at their end.
+# What the program's parts log at their end.
 BOT = "INFO:telegram.ext.Application:Application.stop() complete"
 SCHEDULER = "INFO:apscheduler.scheduler:Scheduler has been shut down"
 
 
 class Telegram:
-    """The part of Telegram's Bot API that the bot needs: somebody writes to it, and reads what it answers."""
+    """The part of Telegram's Bot API that the bot needs: a user writes to it, and reads its answers."""
 
     def __init__(self) -> None:
         self._sending: asyncio.Queue[str] = asyncio.Queue()
         self.sent: list[str] = []
-        """What it has sent."""
+        """The messages that the bot has sent."""
         self.accepting = asyncio.Event()
-        """Until it is set, the bot waits for the answer."""
+        """Until it is set, the bot waits for the answer to what it sends."""
         self.refusing = False
         self._numbers = itertools.count(1)
         self._updates: list[dict[str, Any]] = []
@@ -63,8 +63,8 @@ class Telegram:
         methods = [self.getMe, self.deleteWebhook, self.getUpdates, self.sendMessage]
         self.app = Starlette(routes=[Route(f"/bot{TOKEN}/{each.__name__}", each, methods=["POST"]) for each in methods])
 
-    async def hear(self) -> str:
-        """Wait until the bot sends something; it has not been told yet how that went."""
+    async def next_message(self) -> str:
+        """Wait until the bot sends something; it has not got the answer to that yet."""
         async with asyncio.timeout(20):
             return await self._sending.get()
 
@@ -73,7 +73,7 @@ class Telegram:
         self._updates.append({"update_id": number, "message": {**MESSAGE, "message_id": number, "text": text}})
         self._said.set()
 
-    async def getMe(self, request: Request) -> Response:  # noqa: N802 (the method's name; so with the others)
+    async def getMe(self, request: Request) -> Response:  # noqa: N802 (the name of Telegram's method)
         return accepted({"id": 42, "is_bot": True, "first_name": "Bot", "username": "bot"})
 
     async def deleteWebhook(self, request: Request) -> Response:  # noqa: N802
@@ -81,7 +81,7 @@ class Telegram:
 
     async def getUpdates(self, request: Request) -> Response:  # noqa: N802
         asked = await form(request)
-        # Who asks for the next has got those before.
+        # A request for the next updates confirms those before.
         self._updates = [each for each in self._updates if each["update_id"] >= int(asked.get("offset", 0))]
         if not self._updates:
             self._said.clear()
@@ -112,7 +112,7 @@ async def form(request: Request) -> dict[str, str]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[redis.Redis]:
-    """Redis, with nothing in it, for the program and for us."""
+    """Run an empty Redis for the program and the test."""
     path = tmp_path / "redis.sock"
     command = [program("redis-server", "redis-server"), "--port", "0", "--unixsocket", str(path), "--save", ""]
     with subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.PIPE, text=True) as server:  # noqa: S603
@@ -138,22 +138,22 @@ async def telegram(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Telegram]:
 
 
 class Running:
-    """The program, with all of its parts at work."""
+    """The program, with all of its parts running."""
 
     def __init__(self, program: Program, metrics: str, api: str) -> None:
         self.program = program
         self.metrics = metrics
         self.api = api
 
-    async def hear(self, line: str) -> None:
-        """Wait until it has printed a line that begins so."""
+    async def wait_for(self, line: str) -> None:
+        """Wait until it has printed a line with this beginning."""
         await run_sync(self.program.wait_for, line)
 
     async def end(self) -> tuple[int, str]:
         return await run_sync(self.program.end)
 
     def ends(self) -> list[str]:
-        """Which of its parts have said that they have ended."""
+        """Return which of its parts have logged that they have ended."""
         closed = "INFO:uvicorn.error:Closed "
         ends = {BOT: "bot", SCHEDULER: "scheduler", closed + self.api: "API", closed + self.metrics: "metrics"}
         return [ends[line] for line in self.program.said if line in ends]
@@ -166,7 +166,7 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     script = tmp_path / "program.py"
     script.write_text(readme.file("program.py"))
     with Program(str(script)) as program:
-        serving = "INFO:uvicorn.error:Serving on "
+        serving = "INFO:uvicorn.error:Uvicorn running on "
         urls = [(await run_sync(program.wait_for, serving)).removeprefix(serving) for _ in range(2)]
         await run_sync(program.wait_for, "INFO:telegram.ext.Application:Application started")
         yield Running(program, *urls)
@@ -175,7 +175,7 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 def listens(url: str) -> bool:
-    """Whether somebody listens there."""
+    """Return whether a connection can be made."""
     where = urlsplit(url)
     try:
         socket.create_connection((str(where.hostname), int(where.port or 0))).close()
@@ -185,7 +185,7 @@ def listens(url: str) -> bool:
 
 
 class Posting:
-    """A request whose body is not yet complete, while its handler waits for the rest."""
+    """A request whose body is incomplete, and whose handler waits for the rest."""
 
     def __init__(self, url: str, job: dict[str, Any]) -> None:
         self.body = json.dumps(job).encode()
@@ -198,7 +198,7 @@ class Posting:
         self.sock.sendall(self.body[:5])
 
     def finish(self) -> bytes:
-        """Send the rest; return all of the response."""
+        """Send the rest; return the whole response."""
         self.sock.sendall(self.body[5:])
         return self.file.read()
 
@@ -211,19 +211,19 @@ def posting(url: str, job: dict[str, Any]) -> Iterator[Posting]:
 
 
 def texts(store: redis.Redis) -> list[str]:
-    """The jobs that are there."""
+    """Return the jobs that are queued."""
     jobs: Any = store.xrange("jobs")
     return [fields["text"] for _, fields in jobs]
 
 
 def in_work(store: redis.Redis) -> list[str]:
-    """Of those, the ones that were begun and not acknowledged; each as often as it was."""
+    """Return how often each job was begun without being acknowledged."""
     pending: Any = store.xpending_range("jobs", "workers", "-", "+", 10)
     jobs: dict[str, dict[str, str]] = dict(cast(Any, store.xrange("jobs")))
     return [jobs[each["message_id"]]["text"] for each in pending]
 
 
-async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
+async def test_program_that_is_stopped_during_its_work_loses_nothing(
     store: redis.Redis, telegram: Telegram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
@@ -232,18 +232,18 @@ async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
     """
     async with running(tmp_path, monkeypatch) as it, httpx.AsyncClient(trust_env=False) as client:
         telegram.say("paint")
-        assert await telegram.hear() == "done: paint"  # and it waits for the answer
+        assert await telegram.next_message() == "done: paint"  # and it waits for the answer
         assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "varnish"})).status_code == 202
         with posting(it.api, {"chat": CHAT, "text": "polish"}) as request:
             it.program.send(signal.SIGTERM)
-            await it.hear("INFO:aioserve:SIGTERM: ending")
+            await it.wait_for("INFO:aioserve:SIGTERM: ending")
             # The API still answers, also on new connections.
             assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "wax"})).status_code == 202
             assert texts(store) == ["paint", "varnish", "wax"]
             assert in_work(store) == ["paint"]
 
             telegram.accepting.set()
-            await it.hear(SCHEDULER)
+            await it.wait_for(SCHEDULER)
             assert texts(store) == ["varnish", "wax"]
             while await run_sync(listens, it.api):
                 pass
@@ -257,7 +257,7 @@ async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
     assert in_work(store) == []
 
     async with running(tmp_path, monkeypatch) as it:
-        left = [await telegram.hear() for _ in range(3)]
+        left = [await telegram.next_message() for _ in range(3)]
         assert left == ["done: varnish", "done: wax", "done: polish"]
         it.program.send(signal.SIGTERM)
         assert await it.end() == (0, "")
@@ -265,14 +265,14 @@ async def test_told_to_end_in_the_middle_of_its_work_it_loses_nothing(
     assert texts(store) == in_work(store) == []
 
 
-async def test_a_part_that_fails_ends_the_others_in_order(
+async def test_part_of_the_program_that_fails_ends_the_others_in_order(
     store: redis.Redis, telegram: Telegram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its very exception comes out, and nothing else; the job is still there, and done at the next start."""
     telegram.refusing = True
     async with running(tmp_path, monkeypatch) as it:
         telegram.say("paint")
-        assert await telegram.hear() == "done: paint"
+        assert await telegram.next_message() == "done: paint"
         code, err = await it.end()
         assert code == 1
         assert it.ends() == ["bot", "scheduler", "API", "metrics"]
@@ -283,22 +283,22 @@ async def test_a_part_that_fails_ends_the_others_in_order(
     telegram.refusing = False
     telegram.accepting.set()
     async with running(tmp_path, monkeypatch) as it:
-        assert await telegram.hear() == "done: paint"
+        assert await telegram.next_message() == "done: paint"
         it.program.send(signal.SIGTERM)
         assert await it.end() == (0, "")
     assert telegram.sent == ["done: paint"]
     assert texts(store) == in_work(store) == []
 
 
-async def test_its_scheduler_runs(
+async def test_scheduler_of_the_program_runs(
     store: redis.Redis, telegram: Telegram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has counted can be read where the metrics are."""
     async with running(tmp_path, monkeypatch) as it, httpx.AsyncClient(trust_env=False) as client:
         for text in ("paint", "varnish"):
             await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": text})
-        await telegram.hear()
-        await it.hear('INFO:apscheduler.executors.default:Job "count')
+        await telegram.next_message()
+        await it.wait_for('INFO:apscheduler.executors.default:Job "count')
         assert "\njobs_waiting 2.0\n" in (await client.get(f"{it.metrics}/metrics")).text
         telegram.accepting.set()
         it.program.send(signal.SIGTERM)

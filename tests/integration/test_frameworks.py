@@ -1,5 +1,5 @@
 """
-Apps of the frameworks that people use, unchanged: what they can do, and what becomes of it in the middle of a stop.
+Unchanged apps of common frameworks: what they can do, and what happens to it during a stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from websockets.asyncio.client import connect as connect_websocket
 
 from aioserve import Options, Server, ShutdownError, serving, start
 from aioserve.testing import assert_nothing_left
-from tests.clients import Connection, connect
+from tests.helpers.clients import Connection, connect
+from tests.helpers.turns import turns
 from tests.integration.frameworks import (
     FIRST,
     LAST,
@@ -35,16 +36,15 @@ from tests.integration.frameworks import (
     with_quart,
     with_starlette,
 )
-from tests.turns import turns
 
-# Django 5.2, the newest one for Python 3.11, does not close the body of a request that is cancelled.
+# Django 5.2, the newest version for Python 3.11, does not close the body of a request that is cancelled.
 pytestmark = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
 
-# What comes in one piece, and what comes in many.
+# What is sent in one chunk, and what in many.
 LETTER = b"dear all\n" * 1000
 PARCEL = bytes(range(256)) * 32768
 
-# How long threads may take to end that have been told to, in seconds.
+# How long threads may take to end, in seconds.
 ENDING_THREADS = 5.0
 
 
@@ -54,8 +54,8 @@ class Framework(NamedTuple):
     options: Options
 
 
-# What every one of them has, and what not all have. Django knows no lifespan and, by itself, no WebSocket, as little as
-# WSGI does; and to Flask, which waits for a word of a2wsgi's, a body of unknown length looks empty.
+# What every framework has, and what only some have. Django has no lifespan and, by itself, no WebSocket, nor has WSGI;
+# and for Flask behind a2wsgi, a body of unknown length is empty.
 EVERY = frozenset({"json", "form", "body", "sync", "stream", "events"})
 ASYNC = EVERY | {"hold", "endless", "body of unknown length"}
 ALL = ASYNC | {"lifespan", "websocket", "background"}
@@ -76,11 +76,11 @@ def those_with(*features: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
-    """As everywhere, but for the loop's own pools: they run synchronous functions, and the loop keeps them."""
+    """Check as everywhere, except for the pools of threads of the loop, which run synchronous functions."""
     async with assert_nothing_left():
         yield
-        # For two kinds of threads nobody waits. a2wsgi's pool tells its own to end when it is garbage; they may have
-        # to hear from the loop before that. And Django's asgiref has one to wait for another.
+        # Two kinds of threads are not awaited. The threads of a2wsgi's pool end when the pool is garbage; they may need
+        # the loop before that. And asgiref, of Django, has one thread that waits for another.
         with anyio.move_on_after(ENDING_THREADS):
             while any(re.match(r"WSGI|.*\(join\)$", thread.name) for thread in threading.enumerate()):
                 gc.collect()
@@ -89,7 +89,7 @@ async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def playing(name: str, **options: Unpack[Options]) -> AsyncIterator[tuple[Play, Server]]:
-    """Serve the app of a framework; and whoever waits is let go, whatever happens."""
+    """Serve the app of a framework; at the end, let all of its handlers go."""
     framework = FRAMEWORKS[name]
     play = Play()
     both: Options = {**framework.options, **options}
@@ -106,11 +106,11 @@ def client_of(server: Server) -> httpx.AsyncClient:
 
 def assert_nothing_was_forced(server: Server) -> None:
     assert server.report is not None
-    assert server.report[1:] == (0, (), (), False)
+    assert not server.report.was_forced
 
 
 async def split(connection: Connection) -> tuple[str, bytes]:
-    """Head and body of the last response on a connection, with the body's chunks put together."""
+    """Return head and body of the last response on a connection, with the chunks of the body joined."""
     head, _, rest = (await connection.rest()).partition(b"\r\n\r\n")
     lines = head.decode().lower()
     if "transfer-encoding: chunked" not in lines:
@@ -125,11 +125,11 @@ async def split(connection: Connection) -> tuple[str, bytes]:
         rest = rest[int(size, 16) + 2 :]
 
 
-# What they can do.
+# What the frameworks can do.
 
 
 @those_with("json")
-async def test_it_answers_with_json(name: str, loop_name: str) -> None:
+async def test_framework_answers_with_json(name: str, loop_name: str) -> None:
     async with playing(name) as (_, server), client_of(server) as client:
         response = await client.get("/json")
         assert response.json() == {"hello": "world"}
@@ -139,7 +139,7 @@ async def test_it_answers_with_json(name: str, loop_name: str) -> None:
 
 @those_with("form")
 @pytest.mark.parametrize("file", [LETTER, PARCEL], ids=["small", "large"])
-async def test_it_receives_a_form_with_a_file(name: str, file: bytes, loop_name: str) -> None:
+async def test_framework_receives_a_form_with_a_file(name: str, file: bytes, loop_name: str) -> None:
     """A large one is kept in a file meanwhile, which is written to in a thread."""
     async with playing(name) as (_, server), client_of(server) as client:
         response = await client.post("/form", data={"name": "Ada"}, files={"file": ("file.bin", file)})
@@ -153,7 +153,7 @@ async def chunks_of(data: bytes) -> AsyncIterator[bytes]:
 
 
 @those_with("body")
-async def test_it_receives_a_large_body_in_pieces(name: str, loop_name: str) -> None:
+async def test_framework_receives_a_large_body_in_chunks(name: str, loop_name: str) -> None:
     async with playing(name) as (_, server), client_of(server) as client:
         length = {"content-length": str(len(PARCEL))}
         response = await client.post("/body", content=chunks_of(PARCEL), headers=length)
@@ -162,7 +162,7 @@ async def test_it_receives_a_large_body_in_pieces(name: str, loop_name: str) -> 
 
 
 @those_with("body of unknown length")
-async def test_it_receives_a_large_body_whose_length_nobody_knows(name: str, loop_name: str) -> None:
+async def test_framework_receives_a_large_body_of_unknown_length(name: str, loop_name: str) -> None:
     async with playing(name) as (_, server), client_of(server) as client:
         response = await client.post("/body", content=chunks_of(PARCEL))
         assert response.request.headers["transfer-encoding"] == "chunked"
@@ -171,7 +171,7 @@ async def test_it_receives_a_large_body_whose_length_nobody_knows(name: str, loo
 
 
 @those_with("stream")
-async def test_it_streams(name: str, loop_name: str) -> None:
+async def test_framework_streams_a_response(name: str, loop_name: str) -> None:
     """The first part arrives before the last has been made."""
     async with playing(name) as (play, server), client_of(server) as client:
         async with client.stream("GET", "/stream") as response:
@@ -185,7 +185,7 @@ async def test_it_streams(name: str, loop_name: str) -> None:
 
 
 @those_with("websocket")
-async def test_it_speaks_websocket(name: str, loop_name: str) -> None:
+async def test_framework_answers_over_a_websocket(name: str, loop_name: str) -> None:
     async with playing(name) as (play, server):
         async with connect_websocket(f"{server.url.replace('http', 'ws')}/echo", proxy=None) as client:
             for said in ("hello", "still there?"):
@@ -196,7 +196,7 @@ async def test_it_speaks_websocket(name: str, loop_name: str) -> None:
 
 
 @those_with("lifespan")
-async def test_its_lifespan_is_around_all_requests(name: str, loop_name: str) -> None:
+async def test_lifespan_of_the_framework_surrounds_all_requests(name: str, loop_name: str) -> None:
     """It has started before the first, it ends once, and what it has prepared is there."""
     async with playing(name) as (play, server), client_of(server) as client:
         assert play.events == ["startup"]
@@ -205,7 +205,7 @@ async def test_its_lifespan_is_around_all_requests(name: str, loop_name: str) ->
 
 
 @those_with("background")
-async def test_it_works_in_the_background(name: str, loop_name: str) -> None:
+async def test_background_task_of_the_framework_runs_after_the_response(name: str, loop_name: str) -> None:
     """The response does not wait for it."""
     async with playing(name) as (play, server):
         async with client_of(server) as client:
@@ -216,15 +216,15 @@ async def test_it_works_in_the_background(name: str, loop_name: str) -> None:
     assert_nothing_was_forced(server)
 
 
-# In the middle of a stop.
+# During a stop.
 
 
 @pytest.mark.parametrize(
     ("name", "path"),
     [(name, path) for name, each in FRAMEWORKS.items() for path in ("/hold", "/sync") if path[1:] in each.has],
 )
-async def test_a_request_in_flight_is_answered(name: str, path: str, loop_name: str) -> None:
-    """Whole, and "connection: close" is in it; whether its handler is a coroutine or a thread."""
+async def test_framework_answers_a_request_in_flight_during_a_stop(name: str, path: str, loop_name: str) -> None:
+    """The whole response comes, with "connection: close"; whether the handler is a coroutine or runs in a thread."""
     async with playing(name, shutdown_timeout=None) as (play, server), connect(server) as client:
         client.ask(path)
         await play.holding.wait()
@@ -238,7 +238,7 @@ async def test_a_request_in_flight_is_answered(name: str, path: str, loop_name: 
 
 
 @those_with("stream")
-async def test_a_download_in_flight_is_sent_to_its_end(name: str, loop_name: str) -> None:
+async def test_framework_sends_a_download_in_flight_to_its_end(name: str, loop_name: str) -> None:
     async with playing(name, shutdown_timeout=None) as (play, server), client_of(server) as client:
         async with client.stream("GET", "/stream") as response:
             await play.holding.wait()
@@ -251,8 +251,8 @@ async def test_a_download_in_flight_is_sent_to_its_end(name: str, loop_name: str
 
 @those_with("form", "body")
 @pytest.mark.parametrize("path", ["/form", "/body"])
-async def test_an_upload_that_is_half_there_is_received(name: str, path: str, loop_name: str) -> None:
-    """The other half is sent when the server is stopping, and answered."""
+async def test_framework_receives_the_rest_of_an_upload_during_a_stop(name: str, path: str, loop_name: str) -> None:
+    """The second half is sent while the server is stopping, and the request is answered."""
     request = httpx.Request("POST", f"http://127.0.0.1{path}", content=PARCEL)
     expected = received(PARCEL)
     if path == "/form":
@@ -274,8 +274,8 @@ async def test_an_upload_that_is_half_there_is_received(name: str, path: str, lo
 
 
 @those_with("websocket")
-async def test_a_websocket_is_told_to_come_again(name: str, loop_name: str) -> None:
-    """Its handler hears of it and ends, before the lifespan does."""
+async def test_websocket_of_the_framework_is_closed_with_1012_during_a_stop(name: str, loop_name: str) -> None:
+    """Its handler gets the disconnect and ends, before the lifespan does."""
     async with playing(name, shutdown_timeout=None) as (play, server):
         async with connect_websocket(f"{server.url.replace('http', 'ws')}/echo", proxy=None) as client:
             await client.send("hello")
@@ -290,8 +290,8 @@ async def test_a_websocket_is_told_to_come_again(name: str, loop_name: str) -> N
 
 
 @those_with("events")
-async def test_a_stream_that_watches_the_server_ends_properly(name: str, loop_name: str) -> None:
-    """It says goodbye, and its client sees a whole response."""
+async def test_stream_of_the_framework_that_watches_stopping_ends_properly(name: str, loop_name: str) -> None:
+    """It sends a last message, and its client gets a complete response."""
     async with playing(name, shutdown_timeout=None) as (_, server), client_of(server) as client:
         async with client.stream("GET", "/events") as response:
             said = []
@@ -299,14 +299,14 @@ async def test_a_stream_that_watches_the_server_ends_properly(name: str, loop_na
                 if line:
                     said.append(line)
                     server.close()
-            assert said == ["data: hello", "data: goodbye"]
+            assert said == ["data: hello", "data: the end"]
         await server.wait_closed()
     assert_nothing_was_forced(server)
 
 
 @those_with("endless")
-async def test_an_endless_stream_is_ended_where_that_is_asked_for(name: str, loop_name: str) -> None:
-    """By `disconnect_after`: the framework hears that the client has gone, and ends the stream; it is cut short."""
+async def test_disconnect_after_ends_an_endless_stream_of_the_framework(name: str, loop_name: str) -> None:
+    """The framework gets the disconnect and ends the stream; the response is cut off."""
     async with playing(name, shutdown_timeout=None, disconnect_after=0) as (play, server), client_of(server) as client:
         async with client.stream("GET", "/endless") as response:
             lines = response.aiter_lines()
@@ -321,8 +321,8 @@ async def test_an_endless_stream_is_ended_where_that_is_asked_for(name: str, loo
 
 
 @those_with("background")
-async def test_work_in_the_background_is_done(name: str, loop_name: str) -> None:
-    """Its response has long been sent when the stop is asked for; the lifespan waits for it."""
+async def test_background_task_of_the_framework_completes_during_a_stop(name: str, loop_name: str) -> None:
+    """Its response was sent long before the stop; the lifespan waits for the task."""
     async with playing(name, shutdown_timeout=None) as (play, server), client_of(server) as client:
         assert (await client.get("/background")).text == "begun"
         await play.holding.wait()
@@ -336,49 +336,49 @@ async def test_work_in_the_background_is_done(name: str, loop_name: str) -> None
     assert_nothing_was_forced(server)
 
 
-# When the time is over.
+# When the budget is over.
 
-TOLD, CANCELLED, STUCK = "told to end", "cancelled", "cancelled, and goes on all the same"
+DISCONNECTED, CANCELLED, STUCK = "disconnected", "cancelled", "cancelled, and still running"
 
-# How a handler ends that does not end by itself; a thread goes on in any case, until it is done.
+# How a handler ends that does not end by itself; a thread is still running in any case, until it has finished.
 FATES = {
-    "starlette": {"/hold": CANCELLED, "/sync": CANCELLED, "/endless": TOLD, "/background": CANCELLED},
-    "fastapi": {"/hold": CANCELLED, "/sync": CANCELLED, "/endless": TOLD, "/background": CANCELLED},
-    "litestar": {"/hold": CANCELLED, "/sync": CANCELLED, "/endless": TOLD, "/background": CANCELLED},
-    # Every request of this one listens.
-    "quart": {"/hold": TOLD, "/sync": TOLD, "/endless": TOLD},
-    # This one's, too; but it cleans up in a thread, which can take longer than it has. And it waits for its threads.
-    "django": {"/hold": f"{TOLD} or {CANCELLED}", "/endless": f"{TOLD} or {CANCELLED}", "/sync": STUCK},
+    "starlette": {"/hold": CANCELLED, "/sync": CANCELLED, "/endless": DISCONNECTED, "/background": CANCELLED},
+    "fastapi": {"/hold": CANCELLED, "/sync": CANCELLED, "/endless": DISCONNECTED, "/background": CANCELLED},
+    "litestar": {"/hold": CANCELLED, "/sync": CANCELLED, "/endless": DISCONNECTED, "/background": CANCELLED},
+    # Quart waits in `receive()` for every request.
+    "quart": {"/hold": DISCONNECTED, "/sync": DISCONNECTED, "/endless": DISCONNECTED},
+    # So does Django; but it cleans up in a thread, which can take longer than its time. And it waits for its threads.
+    "django": {"/hold": f"{DISCONNECTED} or {CANCELLED}", "/endless": f"{DISCONNECTED} or {CANCELLED}", "/sync": STUCK},
     "flask": {"/sync": CANCELLED, "/endless": CANCELLED},
 }
 
 
 @pytest.mark.usefixtures("short_grace")
 @pytest.mark.parametrize(("name", "path"), [(name, path) for name, fates in FATES.items() for path in fates])
-async def test_what_takes_too_long_is_ended(
+async def test_handler_of_the_framework_that_exceeds_the_budget_is_ended(
     name: str, path: str, loop_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The report says what it was, and how it ended; one line in the log says it, too, and nothing else does."""
+    """The report and one line in the log say which handler it was and how it ended, and nothing else is logged."""
     async with playing(name, shutdown_timeout=0.01) as (play, server), connect(server) as client:
         client.ask(path)
         await (client.reader.readuntil(b"hello") if path == "/endless" else play.holding.wait())
         await server.aclose()
         report = server.report
         assert report is not None
-        (handler,) = report.persuaded + report.cancelled
-        assert handler[:2] == ("GET", path)
-        fate = TOLD if report.persuaded else STUCK if handler.stuck else CANCELLED
+        (handler,) = report.disconnected + report.cancelled
+        assert (handler.method, handler.path) == ("GET", path)
+        fate = DISCONNECTED if report.disconnected else STUCK if handler.stuck else CANCELLED
         assert fate in FATES[name][path].split(" or ")
         assert report.aborted == (FATES[name][path] == STUCK)
         play.release()
     (line,) = (each for each in caplog.records if each.levelno >= logging.WARNING)
     assert line.name == "aioserve"
-    assert "was stopped by force" in line.message
+    assert ": forced shutdown: " in line.message
 
 
 @pytest.mark.parametrize("name", ["starlette", "fastapi", "litestar"])
-async def test_a_request_that_does_not_listen_is_spared(name: str, loop_name: str) -> None:
-    """Of `disconnect_after` it never hears."""
+async def test_disconnect_after_spares_a_request_that_does_not_wait_in_receive(name: str, loop_name: str) -> None:
+    """`disconnect_after` has no effect on it."""
     async with playing(name, shutdown_timeout=None, disconnect_after=0) as (play, server), connect(server) as client:
         client.ask("/hold")
         await play.holding.wait()
@@ -391,8 +391,8 @@ async def test_a_request_that_does_not_listen_is_spared(name: str, loop_name: st
 
 
 @pytest.mark.parametrize("name", ["quart", "django"])
-async def test_where_every_request_listens_none_is_spared(name: str, loop_name: str) -> None:
-    """With `disconnect_after`, these frameworks cancel the handler of an ordinary request as well."""
+async def test_disconnect_after_cancels_every_request_of_quart_and_django(name: str, loop_name: str) -> None:
+    """These frameworks wait in `receive()` for every request, and cancel its handler at a disconnect."""
     async with playing(name, shutdown_timeout=None, disconnect_after=0) as (play, server), connect(server) as client:
         client.ask("/hold")
         await play.holding.wait()
@@ -403,8 +403,8 @@ async def test_where_every_request_listens_none_is_spared(name: str, loop_name: 
 
 
 @pytest.mark.usefixtures("short_grace")
-async def test_quarts_background_tasks_have_the_time_of_its_lifespan(loop_name: str) -> None:
-    """They are no part of a request: what takes too long there is an error of the shutdown."""
+async def test_background_tasks_of_quart_are_bounded_by_the_lifespans_shutdown(loop_name: str) -> None:
+    """They belong to no request: one that takes too long is an error of the shutdown."""
     play = Play()
     server = await start(with_quart.make(play), shutdown_timeout=0.01)
     async with client_of(server) as client:

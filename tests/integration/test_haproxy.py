@@ -1,5 +1,5 @@
 """
-Behind HAProxy, with the README's files: restarted one after the other, under load, servers lose nothing.
+Servers behind HAProxy, with the README's files: restarted one after the other under load, they lose no request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SERVERS = {name: f"{NETWORK}.{number}" for number, name in enumerate(("one", "tw
 
 @pytest.fixture
 def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """What HAProxy listens on."""
+    """Make the socket that HAProxy listens on."""
     for name, host in SERVERS.items():
         monkeypatch.setenv(name.upper(), host)
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening:
@@ -51,9 +51,9 @@ def config(tmp_path: Path) -> Path:
 
 class Served:
     """
-    One of the machines, on which the README's command runs, again and again.
+    One of the machines on which the README's command runs, again and again.
 
-    Its log is a file: a pipe would be full soon, and hold it up.
+    Its log is a file: a pipe would soon be full, and block the command.
     """
 
     def __init__(self, host: str, directory: Path) -> None:
@@ -98,13 +98,13 @@ class Served:
 
 
 class Balancer:
-    """HAProxy, running."""
+    """A running HAProxy."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
     def wait_for(self, server: str, state: str) -> str:
-        """Wait until it says that the server is in this state; return how it knows."""
+        """Wait until it logs that the server is in this state; return the reason."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if said := re.search(rf"Server app/{server} is {state}, reason: (.*?), (?:code|info|check)", line):
@@ -123,8 +123,8 @@ def balancing(config: Path, public: socket.socket) -> Iterator[Balancer]:
             process.communicate()
 
 
-def test_the_configuration_is_valid(config: Path, public: socket.socket) -> None:
-    """HAProxy has not even a warning."""
+def test_haproxy_configuration_of_the_readme_is_valid(config: Path, public: socket.socket) -> None:
+    """HAProxy prints not even a warning."""
     command = [program("haproxy", "haproxy"), "-c", "-dW", "-f", str(config)]
     checked = subprocess.run(  # noqa: S603
         command, capture_output=True, text=True, check=False, pass_fds=[public.fileno()]
@@ -132,7 +132,7 @@ def test_the_configuration_is_valid(config: Path, public: socket.socket) -> None
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_drain_is_longer_than_what_it_takes_haproxy_to_hear_of_it(config: Path) -> None:
+def test_drain_delay_is_longer_than_haproxy_needs_to_notice_the_stop(config: Path) -> None:
     """As the README computes it."""
     found = re.search(r"inter (\d+)ms fall (\d+) ", config.read_text())
     assert found is not None
@@ -143,8 +143,10 @@ def test_the_drain_is_longer_than_what_it_takes_haproxy_to_hear_of_it(config: Pa
 
 
 @pytest.mark.timeout(400)
-def test_servers_that_are_restarted_in_turn_lose_nothing(config: Path, public: socket.socket, tmp_path: Path) -> None:
-    """HAProxy hears of each stop by the readiness route, not by what it loses."""
+def test_servers_behind_haproxy_that_are_restarted_in_turn_lose_nothing(
+    config: Path, public: socket.socket, tmp_path: Path
+) -> None:
+    """HAProxy notices each stop by the readiness route, not by lost requests."""
     (tmp_path / "app.py").write_text(readme.file("app.py"))
     port = public.getsockname()[1]
     with ExitStack() as stack:

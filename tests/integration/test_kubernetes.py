@@ -1,7 +1,7 @@
 """
-In Kubernetes: what the README's deployment says of a stop agrees with what the server does.
+Kubernetes: what the README's deployment says about a stop agrees with what the server does.
 
-There is no cluster here: the test does what a kubelet would.
+There is no cluster: the test does what a kubelet would do.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def container() -> dict[str, Any]:
 
 
 def command() -> list[str]:
-    """What is run, with the address where the pod's would be."""
+    """Return the command of the container, with the address of the pod."""
     ((name, source),) = [(each["name"], each["valueFrom"]) for each in container()["env"]]
     assert source == {"fieldRef": {"fieldPath": "status.podIP"}}
     return [each.replace(f"$({name})", POD) for each in container()["command"]]
 
 
 def probe() -> tuple[str, int]:
-    """The path and the port that the kubelet asks."""
+    """Return the path and the port of the readiness probe."""
     asked = container()["readinessProbe"]["httpGet"]
     (port,) = [each["containerPort"] for each in container()["ports"] if each["name"] == asked["port"]]
     return asked["path"], port
@@ -65,7 +65,7 @@ def drain() -> float:
 
 
 def get(path: str, port: int) -> int:
-    """Ask on a new connection, as the kubelet does; return the status."""
+    """Send a request on a new connection, as the kubelet does; return the status."""
     connection = HTTPConnection(POD, port, timeout=container()["readinessProbe"]["timeoutSeconds"])
     try:
         connection.request("GET", path)
@@ -98,14 +98,14 @@ def running(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "Service"])
-def test_a_cluster_would_take_it(kind: str) -> None:
-    """It is valid by Kubernetes' own schemas, to the letter."""
+def test_resources_of_the_readme_are_valid_for_kubernetes(kind: str) -> None:
+    """By Kubernetes' own schemas, strictly."""
     newest = kubernetes_validate.latest_version()
     kubernetes_validate.validate(resources()[kind], newest, strict=True)
 
 
-def test_the_service_finds_the_pods() -> None:
-    """By their labels, and the name of their port."""
+def test_service_of_the_readme_selects_its_pods() -> None:
+    """By their labels, and by the name of their port."""
     template = resources()["Deployment"]["spec"]["template"]
     service = resources()["Service"]["spec"]
     assert service["selector"] == template["metadata"]["labels"]
@@ -113,8 +113,8 @@ def test_the_service_finds_the_pods() -> None:
     assert [each["targetPort"] for each in service["ports"]] == [each["name"] for each in container()["ports"]]
 
 
-def test_the_times_agree() -> None:
-    """The drain is longer than it takes a probe to fail, and the grace period longer than a stop can take."""
+def test_times_of_the_deployment_agree_with_each_other() -> None:
+    """The drain is longer than a probe needs to fail, and the grace period longer than a stop can take."""
     asked = container()["readinessProbe"]
     unready = asked["periodSeconds"] * asked["failureThreshold"] + asked["timeoutSeconds"]
     assert unready == 3  # as the README says
@@ -127,13 +127,13 @@ def test_the_times_agree() -> None:
     assert sum(parts) == total
 
 
-def test_the_readme_adds_up_to_the_defaults() -> None:
+def test_sum_of_the_times_in_the_readme_is_that_of_the_defaults() -> None:
     *parts, total = readme.sums("default")
     assert sum(parts) == total == longest_stop(["app:app"])
 
 
-def test_a_pod_that_is_to_go_says_so_and_answers_until_its_drain_is_over(tmp_path: Path) -> None:
-    """From the stop on it is not ready, to every probe; its requests are answered all the same; then it is gone."""
+def test_pod_that_is_terminated_answers_until_its_drain_is_over(tmp_path: Path) -> None:
+    """From then on every readiness probe fails, and requests are still answered; then the process ends."""
     path, port = probe()
     with running(tmp_path) as process:
         assert get(path, port) == 200

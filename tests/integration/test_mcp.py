@@ -1,5 +1,5 @@
 """
-The MCP SDK's server over streamable HTTP, with its own client: with sessions, as it was, and without, as it is now.
+The MCP SDK's server over streamable HTTP, with its own client: with sessions (legacy), and without.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mcp.client.subscriptions import SubscriptionLost, ToolsListChanged
 from mcp.server.mcpserver import Context, MCPServer
 
 from aioserve import Server, StartupError, serving
+from tests.helpers.turns import turns
 from tests.integration.frameworks import Play, end_sse_starlettes_watcher
-from tests.turns import turns
 
 MODES = ["legacy", "auto"]
 
-# What a stop gets where it has to be forced, in seconds; nothing depends on how long it is.
+# The budget of a stop that has to be forced, in seconds; nothing depends on how long it is.
 MOMENT = 0.05
 
 
@@ -53,7 +53,7 @@ def make(play: Play) -> MCPServer:
 
     @mcp.tool()
     async def change(ctx: Context) -> None:
-        """Tell whoever listens that the tools have changed."""
+        """Notify the subscribers that the tools have changed."""
         await ctx.notify_tools_changed()
 
     return mcp
@@ -61,57 +61,57 @@ def make(play: Play) -> MCPServer:
 
 @asynccontextmanager
 async def connected(server: Server, mode: str) -> AsyncIterator[Client]:
-    """A client that knows the tools; and if it has a session, it listens to a stream of its server's."""
+    """Connect a client that knows the tools; with a session, it also has an open stream from the server."""
     async with httpx2.AsyncClient(trust_env=False, timeout=30) as http:
         async with Client(streamable_http_client(f"{server.url}/mcp", http_client=http), mode=mode) as client:
             assert [tool.name for tool in (await client.list_tools()).tools] == ["add", "work", "change"]
-            # When initialize, initialized and tools/list are done, what is left is that stream.
-            while mode == "legacy" and server.stats[1:] != (1, 3):
+            # When initialize, initialized and tools/list are answered, only that stream is in flight.
+            while mode == "legacy" and (server.stats.in_flight, server.stats.served) != (1, 3):
                 await asyncio.sleep(0)
             yield client
 
 
 def assert_nothing_was_forced(server: Server) -> None:
     assert server.report is not None
-    assert server.report[1:] == (0, (), (), False)
+    assert not server.report.was_forced
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_its_tools_are_called_and_tell_how_they_fare(mode: str, loop_name: str) -> None:
-    """Their progress comes while they work."""
+async def test_mcp_tools_are_called_and_report_their_progress(mode: str, loop_name: str) -> None:
+    """The progress arrives while they work."""
     play = Play()
-    heard: list[str | None] = []
+    progressed: list[str | None] = []
 
-    async def hear(progress: float, total: float | None, message: str | None) -> None:
-        heard.append(message)
+    async def record(progress: float, total: float | None, message: str | None) -> None:
+        progressed.append(message)
         play.release()
 
     async with serving(make(play).streamable_http_app(), shutdown_timeout=None) as server:
         async with connected(server, mode) as client:
             assert (await client.call_tool("add", {"a": 1, "b": 2})).structured_content == {"result": 3}
-            result = await client.call_tool("work", progress_callback=hear)
+            result = await client.call_tool("work", progress_callback=record)
             assert result.structured_content == {"result": "worked"}
-            assert heard == ["begun", "done"]
+            assert progressed == ["begun", "done"]
     assert_nothing_was_forced(server)
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_call_in_flight_is_answered(mode: str, loop_name: str) -> None:
-    """With all of its progress. Then, a client with a session still listens, and holds the stop until it goes."""
+async def test_mcp_call_in_flight_is_answered_during_a_stop(mode: str, loop_name: str) -> None:
+    """With all of its progress. After that, a client with a session still has a stream open, which holds the stop."""
     play = Play()
-    heard: list[str | None] = []
+    progressed: list[str | None] = []
 
-    async def hear(progress: float, total: float | None, message: str | None) -> None:
-        heard.append(message)
+    async def record(progress: float, total: float | None, message: str | None) -> None:
+        progressed.append(message)
 
     async with serving(make(play).streamable_http_app(), shutdown_timeout=None) as server:
         async with connected(server, mode) as client:
-            calling = asyncio.create_task(client.call_tool("work", progress_callback=hear))
+            calling = asyncio.create_task(client.call_tool("work", progress_callback=record))
             await play.holding.wait()
             server.close()
             play.release()
             assert (await calling).structured_content == {"result": "worked"}
-            assert heard == ["begun", "done"]
+            assert progressed == ["begun", "done"]
             if mode == "auto":
                 await server.wait_closed()
             else:
@@ -121,20 +121,20 @@ async def test_a_call_in_flight_is_answered(mode: str, loop_name: str) -> None:
 
 
 @pytest.mark.usefixtures("short_grace")
-async def test_the_stream_of_a_session_ends_when_the_time_is_over(loop_name: str) -> None:
-    """It listens for the disconnect that it is told of then."""
+async def test_stream_of_an_mcp_session_ends_when_the_budget_is_over(loop_name: str) -> None:
+    """It waits in `receive()` and gets the disconnect then."""
     async with serving(make(Play()).streamable_http_app(), shutdown_timeout=MOMENT) as server:
         async with connected(server, "legacy"):
             await server.aclose()
             assert server.report is not None
-            (handler,) = server.report.persuaded
-            assert handler[:2] == ("GET", "/mcp")
+            (handler,) = server.report.disconnected
+            assert (handler.method, handler.path) == ("GET", "/mcp")
             assert (server.report.aborted, server.report.cancelled) == (0, ())
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_told_of_a_disconnect_a_call_ends(mode: str, loop_name: str) -> None:
-    """With `disconnect_after`; who has called hears of it. A session takes a second for that, in its lifespan."""
+async def test_disconnect_after_ends_an_mcp_call(mode: str, loop_name: str) -> None:
+    """Its client gets an error. With a session, this takes a second, in the lifespan's shutdown."""
     play = Play()
     app = make(play).streamable_http_app()
     async with serving(app, shutdown_timeout=None, disconnect_after=0) as server:
@@ -152,8 +152,8 @@ async def ignore(progress: float, total: float | None, message: str | None) -> N
     pass
 
 
-async def test_who_listens_for_changes_hears_of_them_and_of_the_end(loop_name: str) -> None:
-    """Without a session, this is a request of its own; it can be told of a disconnect, too."""
+async def test_mcp_subscription_gets_changes_and_its_end(loop_name: str) -> None:
+    """Without a session, it is a request of its own, which can get a disconnect."""
     app = make(Play()).streamable_http_app()
     async with serving(app, shutdown_timeout=None, disconnect_after=0) as server:
         async with connected(server, "auto") as client, client.listen(tools_list_changed=True) as subscription:
@@ -165,8 +165,8 @@ async def test_who_listens_for_changes_hears_of_them_and_of_the_end(loop_name: s
     assert_nothing_was_forced(server)
 
 
-async def test_an_app_is_for_one_server_only(loop_name: str) -> None:
-    """Its sessions cannot begin twice; but the same tools can have a new app."""
+async def test_mcp_app_can_be_served_only_once(loop_name: str) -> None:
+    """Its session manager cannot start twice; but the same tools can have a new app."""
     mcp = make(Play())
     app = mcp.streamable_http_app()
     async with serving(app):

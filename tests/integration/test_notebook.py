@@ -115,7 +115,7 @@ async def lifespan(app):
 await swappable.swap(FastAPI(lifespan=lifespan), startup_timeout=None)
 """
 
-# The kernel runs each cell in tasks of its own, with a handler of its own for SIGINT; these say whose they are.
+# The kernel runs each cell in its own tasks, with its own handler for SIGINT; their lines contain its name.
 LAST = """
 try:
     await nothing_is_left.__aexit__(None, None, None)
@@ -126,8 +126,8 @@ except AssertionError as exc:
 """
 
 
-def test_cells_share_a_server() -> None:
-    """It is started in one, used in others, gets a new app in a third, survives those that fail, and is closed."""
+def test_cells_of_a_notebook_share_a_server() -> None:
+    """One cell starts it, others use it, one swaps its app, some fail, and the last one closes it."""
 
     async def main() -> int:
         async with notebook() as cells:
@@ -157,8 +157,8 @@ def test_cells_share_a_server() -> None:
         os.kill(kernel, 0)
 
 
-def test_a_kernel_that_is_shut_down_ends_with_a_server_in_it() -> None:
-    """Whoever forgets to close the server closes the notebook all the same."""
+def test_kernel_with_a_running_server_can_be_shut_down() -> None:
+    """The user has forgotten to close the server, and closes the notebook."""
 
     async def main() -> int:
         async with notebook() as cells:

@@ -14,21 +14,21 @@ import pytest
 import socketio
 
 from aioserve import Server, serving
-from tests.turns import turns
+from tests.helpers.turns import turns
 
 TRANSPORTS = [["websocket"], ["polling"], ["polling", "websocket"]]
 NAMES = ["websocket", "polling", "upgraded"]
 
-# What polls get before they are cancelled, in seconds; nothing depends on how long it is.
+# How long polls may take before they are cancelled, in seconds; nothing depends on how long it is.
 MOMENT = 0.05
 
-# Without loggers of ours, theirs get handlers and levels that stay.
+# Without these, the loggers of python-socketio get handlers and levels, which stay.
 QUIET = {"logger": logging.getLogger(__name__), "engineio_logger": logging.getLogger(__name__)}
 
 
 @pytest.fixture(autouse=True)
 async def engineios_tasks_end(nothing_is_left_in_the_loop: None) -> AsyncIterator[None]:
-    """Each client has had one in the server, which sleeps until the next ping is due, and nobody ends it."""
+    """End the task that the server has for each client, which sleeps until the next ping and is never ended."""
     yield
     sleeping = {task for task in asyncio.all_tasks() if "AsyncSocket._send_ping" in repr(task.get_coro())}
     for task in sleeping:
@@ -38,7 +38,7 @@ async def engineios_tasks_end(nothing_is_left_in_the_loop: None) -> AsyncIterato
 
 
 class Chat:
-    """An app that says everything back, and remembers who has come and gone."""
+    """An app that echoes everything, and records who has connected and disconnected."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -59,7 +59,7 @@ class Chat:
 
 
 class Client:
-    """Notes each time that it is connected and disconnected."""
+    """A client that sets an event each time that it is connected or disconnected."""
 
     def __init__(self, *, reconnection: bool) -> None:
         self.connected = asyncio.Event()
@@ -93,39 +93,39 @@ async def connected(server: Server, transports: list[str], *, reconnection: bool
 
 def assert_nothing_was_forced(server: Server) -> None:
     assert server.report is not None
-    assert server.report[1:] == (0, (), (), False)
+    assert not server.report.was_forced
 
 
 @pytest.mark.usefixtures("short_grace")
 @pytest.mark.parametrize("transports", TRANSPORTS, ids=NAMES)
-async def test_they_talk(transports: list[str], loop_name: str) -> None:
-    """Both ways."""
+async def test_socketio_client_and_server_exchange_messages(transports: list[str], loop_name: str) -> None:
+    """In both directions."""
     chat = Chat()
     async with serving(chat.app, shutdown_timeout=MOMENT) as server, connected(server, transports) as client:
         assert client.sio.transport() == transports[-1]
         assert await client.sio.call("say", "hello") == "hello"
-        heard: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        client.sio.on("news", heard.set_result)
+        news: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        client.sio.on("news", news.set_result)
         await chat.sio.emit("news", "there is none")
-        assert await heard == "there is none"
-        # A client that polls waits for its last poll before it goes, and that for news that do not come.
+        assert await news == "there is none"
+        # A client that polls waits for its last poll before it disconnects, and that for messages that do not come.
         await server.aclose()
         await client.disconnected.wait()
 
 
-async def test_a_client_that_goes_is_seen_off(loop_name: str) -> None:
+async def test_socketio_server_notices_a_client_that_disconnects(loop_name: str) -> None:
     chat = Chat()
     async with serving(chat.app, shutdown_timeout=None) as server:
         async with connected(server, ["websocket"]):
             pass
-    # It says so, and closes the connection; which of the two comes to be the reason is up to them.
+    # It sends a message, and closes the connection; either can become the reason.
     assert chat.events in (["connected", f"disconnected: {why}"] for why in ("client disconnect", "transport close"))
     assert_nothing_was_forced(server)
 
 
 @pytest.mark.parametrize("transports", TRANSPORTS[::2], ids=NAMES[::2])
-async def test_at_a_stop_its_websocket_is_closed_at_once(transports: list[str], loop_name: str) -> None:
-    """Client and server both hear of it, without the clock."""
+async def test_stop_closes_a_socketio_websocket_at_once(transports: list[str], loop_name: str) -> None:
+    """Client and server both notice, without the clock."""
     chat = Chat()
     async with serving(chat.app, shutdown_timeout=None) as server, connected(server, transports) as client:
         await server.aclose()
@@ -135,8 +135,8 @@ async def test_at_a_stop_its_websocket_is_closed_at_once(transports: list[str], 
 
 
 @pytest.mark.usefixtures("short_grace")
-async def test_at_a_stop_a_poll_is_held_until_the_time_is_over(loop_name: str) -> None:
-    """It waits for news, and does not listen for a disconnect; the client hears of its end."""
+async def test_stop_waits_for_a_socketio_poll_until_the_budget_is_over(loop_name: str) -> None:
+    """The poll waits for messages and not in `receive()`; its client notices its end."""
     chat = Chat()
     async with serving(chat.app, shutdown_timeout=MOMENT, disconnect_after=0) as server:
         async with connected(server, ["polling"]) as client:
@@ -147,16 +147,18 @@ async def test_at_a_stop_a_poll_is_held_until_the_time_is_over(loop_name: str) -
             await client.disconnected.wait()
     assert server.report is not None
     (handler,) = server.report.cancelled
-    assert handler[:2] == ("GET", "/socket.io/")
+    assert (handler.method, handler.path) == ("GET", "/socket.io/")
     assert not handler.stuck
-    assert (server.report.aborted, server.report.persuaded) == (0, ())
+    assert (server.report.aborted, server.report.disconnected) == (0, ())
     assert chat.events == ["connected", "disconnected: transport error"]
 
 
 @pytest.mark.usefixtures("short_grace")
 @pytest.mark.parametrize("transports", TRANSPORTS, ids=NAMES)
-async def test_after_a_restart_on_the_same_port_the_client_is_back(transports: list[str], loop_name: str) -> None:
-    """By itself, and it can talk again."""
+async def test_socketio_client_reconnects_after_a_restart_on_the_same_port(
+    transports: list[str], loop_name: str
+) -> None:
+    """By itself, and messages can be exchanged again."""
     first, second = Chat(), Chat()
     async with serving(first.app, shutdown_timeout=MOMENT) as server:
         async with connected(server, transports, reconnection=True) as client:
@@ -166,7 +168,7 @@ async def test_after_a_restart_on_the_same_port_the_client_is_back(transports: l
                 await client.connected.wait()
                 assert await client.sio.call("say", "hello again") == "hello again"
                 assert second.events == ["connected"]
-                # It goes, so as not to come again when this one stops, which ends its last poll.
+                # It disconnects, so that it does not reconnect when this server stops, which ends its last poll.
                 leaving = asyncio.create_task(client.sio.shutdown())
                 await turns()
             await leaving

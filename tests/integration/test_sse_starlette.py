@@ -1,5 +1,5 @@
 """
-sse-starlette: it watches uvicorn's signal handlers, which we do not use; so it hears of a stop in other ways.
+sse-starlette: it watches uvicorn's signal handlers, which aioserve does not use; so it notices a stop otherwise.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from aioserve import Server, serving
 from aioserve.testing import assert_nothing_left
 from tests.integration.frameworks import Play, end_sse_starlettes_watcher
 
-# What a stop gets where it has to be forced, in seconds; nothing depends on how long it is.
+# The budget of a stop that has to be forced, in seconds; nothing depends on how long it is.
 MOMENT = 0.05
 
 
 @pytest.fixture
 async def nothing_is_left_in_the_loop() -> AsyncIterator[None]:
-    """As everywhere, but for the threads that run synchronous generators: the loop keeps them."""
+    """Check as everywhere, except for the threads of the loop, which run synchronous generators."""
     async with assert_nothing_left():
         yield
         await end_sse_starlettes_watcher()
@@ -59,7 +59,7 @@ def make(play: Play) -> Starlette:
             play.holding.set()
             await stopping.wait()
             await play.hold()
-            yield "goodbye"
+            yield "the end"
 
         return EventSourceResponse(until_stopping())
 
@@ -86,8 +86,8 @@ def client_of(server: Server) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, trust_env=False, verify=False)  # noqa: S501
 
 
-async def test_a_stream_that_watches_our_event_says_goodbye(loop_name: str) -> None:
-    """It may take its time; and its client sees a whole response."""
+async def test_event_stream_that_watches_stopping_sends_a_last_event(loop_name: str) -> None:
+    """It may take its time, and its client gets a complete response."""
     play = Play()
     async with serving(make(play), shutdown_timeout=None) as server, client_of(server) as client:
         async with client.stream("GET", "/aware") as response:
@@ -96,15 +96,15 @@ async def test_a_stream_that_watches_our_event_says_goodbye(loop_name: str) -> N
             await play.holding.wait()
             server.close()
             play.release()
-            assert [event async for event in events] == ["goodbye"]
+            assert [event async for event in events] == ["the end"]
         await server.wait_closed()
     assert server.report is not None
-    assert server.report[1:] == (0, (), (), False)
+    assert not server.report.was_forced
 
 
 @pytest.mark.parametrize("path", ["/unaware", "/synchronous"])
-async def test_a_stream_that_knows_nothing_is_ended_where_that_is_asked_for(path: str, loop_name: str) -> None:
-    """By `disconnect_after`, for one server after the other: it does not take the first one's end for the next's."""
+async def test_disconnect_after_ends_an_event_stream_that_does_not_watch_stopping(path: str, loop_name: str) -> None:
+    """For one server after the other: the end of the first one does not end the streams of the next one."""
     for _ in range(2):
         play = Play()
         async with (
@@ -122,11 +122,11 @@ async def test_a_stream_that_knows_nothing_is_ended_where_that_is_asked_for(path
         if path == "/unaware":
             assert sorted(play.events) == ["background over", "client has gone", "generator over"]
         assert server.report is not None
-        assert server.report[1:] == (0, (), (), False)
+        assert not server.report.was_forced
 
 
 @pytest.mark.usefixtures("short_grace")
-async def test_otherwise_it_is_ended_when_the_time_is_over(loop_name: str) -> None:
+async def test_event_stream_ends_when_the_budget_is_over(loop_name: str) -> None:
     play = Play()
     async with serving(make(play), shutdown_timeout=MOMENT) as server, client_of(server) as client:
         async with client.stream("GET", "/unaware") as response:
@@ -137,7 +137,7 @@ async def test_otherwise_it_is_ended_when_the_time_is_over(loop_name: str) -> No
                 async for _ in events:
                     pass
     assert server.report is not None
-    (handler,) = server.report.persuaded
-    assert handler[:2] == ("GET", "/unaware")
+    (handler,) = server.report.disconnected
+    assert (handler.method, handler.path) == ("GET", "/unaware")
     assert (server.report.aborted, server.report.cancelled) == (0, ())
     assert "generator over" in play.events

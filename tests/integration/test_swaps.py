@@ -19,21 +19,21 @@ from typing import Any, ClassVar
 import pytest
 
 from aioserve import Swappable, serving
-from tests.plain import Plain
-from tests.turns import turns
+from tests.helpers.plain import Plain
+from tests.helpers.turns import turns
 
-LOAD = Path(__file__).parent.parent / "load.py"
+LOAD = Path(__file__).parents[1] / "helpers" / "load.py"
 SWAPS = 200
 WARM_UP = 50
 CLIENTS = 20
 
-# What a swap may leave in memory, in bytes: less than a task with its coroutine. Measured are some 35,000 in all,
-# whether for 200 swaps or for 2,000.
+# How many bytes a swap may leave in memory: fewer than a task with its coroutine. Some 35,000 in all were measured, for
+# 200 swaps as for 2,000.
 LEFT_BY_A_SWAP = 500
 
 
 class Counting:
-    """An app that counts its lives, and tells when it has answered so many requests."""
+    """An app that counts its lifespans, and sets an event when it has answered a number of requests."""
 
     lives: ClassVar = Counter[str]()
     late: ClassVar = Counter[str]()
@@ -67,7 +67,7 @@ class Counting:
 @pytest.mark.parametrize("server", [serving, Plain], ids=["serving", "uvicorn.Server"])
 @pytest.mark.timeout(300)
 async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each app's lifespan begins and ends once, and nothing is left of it."""
+    """Each app's lifespan begins and ends once, and nothing is left of the app."""
     monkeypatch.setattr(Counting, "lives", Counter())
     monkeypatch.setattr(Counting, "late", Counter())
     apps = weakref.WeakSet[Counting]()
@@ -99,7 +99,7 @@ async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeyp
                 app: Any = swappable.app
                 enough = asyncio.create_task(app.enough.wait())
                 await asyncio.wait({enough, counting}, return_when=asyncio.FIRST_COMPLETED)
-                assert enough.done(), "a client has met something that is no answer, and they have all ended"
+                assert enough.done(), "a client got something that is not an answer, and all clients have ended"
                 await swappable.swap(make())
             del app, enough
             load.stdin.close()
@@ -112,7 +112,7 @@ async def test_two_hundred_swaps_lose_no_request(server: Any, kind: str, monkeyp
     assert Counting.lives == {"started": SWAPS + 1, "ended": SWAPS + 1}
 
     counts = json.loads(counted)
-    assert Counting.late["answered"] > 0  # by apps that had been swapped out meanwhile
+    assert Counting.late["answered"] > 0  # by apps that were no longer the current one
     assert counts["answered"] >= 2 * CLIENTS * SWAPS
     assert (counts["unanswered"], counts["broken"]) == (0, 0)
     assert left < LEFT_BY_A_SWAP * (SWAPS - WARM_UP)

@@ -19,8 +19,8 @@ CLIENTS = 20
 HERE = Path(__file__).parent
 
 
-def test_restarted_under_load_it_refuses_nobody() -> None:
-    """The socket is systemd's, and what comes between two runs of the program waits in its queue."""
+def test_socket_activated_program_restarted_under_load_refuses_no_connection() -> None:
+    """The socket is systemd's; connections between two runs of the program wait in its queue."""
     activate = program("systemd-socket-activate", "systemd")
     port = free_port()
     served = [sys.executable, *WARNINGS_ARE_ERRORS, "-u", str(HERE / "activated.py")]

@@ -1,7 +1,7 @@
 """
-The README's units for systemd: systemd finds no fault with them, and what they start loses nothing at its restarts.
+The README's units for systemd: they are valid, and the service that they start loses no request when it is restarted.
 
-systemd itself need not run for that.
+systemd itself need not run for these tests.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ EXIT = 1.0
 
 
 def said(key: str) -> str:
-    """What app.service says of something."""
+    """Return the value of a key in app.service."""
     (value,) = re.findall(rf"^{key}=(.*)$", readme.file("app.service"), flags=re.MULTILINE)
     return str(value)
 
 
-def test_systemd_finds_no_fault_with_them(tmp_path: Path) -> None:
-    """With the files where they belong, and the program where they say."""
+def test_units_of_the_readme_are_valid_for_systemd(tmp_path: Path) -> None:
+    """With the files in their places, and the program where the units expect it."""
     analyze = program("systemd-analyze", "systemd")
     units = tmp_path / "etc/systemd/system"
     units.mkdir(parents=True)
@@ -50,26 +50,26 @@ def test_systemd_finds_no_fault_with_them(tmp_path: Path) -> None:
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\n")
     python.chmod(0o755)
-    # Of the units that they depend on, such as sysinit.target, there are none below this root.
+    # The units that they depend on, such as sysinit.target, do not exist below this root.
     command = [analyze, "verify", f"--root={tmp_path}", "--recursive-errors=no", "app.socket", "app.service"]
     verified = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
 
 
-def test_systemd_waits_longer_than_a_stop_can_take() -> None:
-    """As the README's table has it."""
+def test_systemd_unit_waits_longer_than_a_stop_can_take() -> None:
+    """As the README's table says."""
     arguments = shlex.split(said("ExecStart"))[1:]
     assert arguments[:2] == ["-m", "aioserve"]
     longest, limit = longest_stop(arguments[2:]), float(said("TimeoutStopSec"))
     assert longest + EXIT <= limit
-    *parts, total, told = readme.sums("in `app.service`")
+    *parts, total, stated = readme.sums("in `app.service`")
     assert sum(parts) == total == longest
-    assert told == limit
+    assert stated == limit
 
 
 @contextmanager
 def notified(path: Path) -> Iterator[socket.socket]:
-    """Where systemd would hear of what the service says of itself."""
+    """Make the socket on which systemd would get the notifications of the service."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(path))
         listening.settimeout(30)
@@ -77,12 +77,12 @@ def notified(path: Path) -> Iterator[socket.socket]:
 
 
 @pytest.mark.timeout(120)
-def test_restarted_under_load_the_service_refuses_nobody(tmp_path: Path) -> None:
-    """Neither new nor kept-alive connections lose a request; and systemd hears of each start and stop."""
+def test_systemd_service_restarted_under_load_refuses_no_connection(tmp_path: Path) -> None:
+    """Neither new nor kept-alive connections lose a request; and systemd is notified of each start and stop."""
     activate = program("systemd-socket-activate", "systemd")
     (tmp_path / "app.py").write_text(readme.file("app.py"))
     python, *arguments = shlex.split(said("ExecStart"))
-    assert (python, said("WorkingDirectory")) == ("/srv/app/.venv/bin/python", "/srv/app")  # here they are elsewhere
+    assert (python, said("WorkingDirectory")) == ("/srv/app/.venv/bin/python", "/srv/app")  # the test uses other paths
     served = [sys.executable, *WARNINGS_ARE_ERRORS, *arguments]
     port = free_port()
     command = [

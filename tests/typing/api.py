@@ -1,5 +1,5 @@
 """
-How users' code is type-checked: this is not run, but has to pass mypy as it stands.
+User code that mypy has to accept; it is not run.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ async def plain_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     """Be an app without a framework."""
 
 
-async def doors() -> None:
-    """Take every kind of app, through every door."""
+async def ways_to_start() -> None:
+    """Take every kind of app, by every way to start."""
     async with serving(FastAPI(), host=["127.0.0.1", "::1"], port=0, shutdown_timeout=None) as server:
         assert_type(server, Server)
     async with serving(FastAPI(), stop_on_signals=[signal.SIGTERM]):
@@ -54,7 +54,7 @@ async def doors() -> None:
 
 
 async def members(server: Server) -> None:
-    """Use all that a server has."""
+    """Use every member of a server."""
     assert_type(server.url, str)
     assert_type(server.urls, list[str])
     assert_type(server.host, str | None)
@@ -72,7 +72,7 @@ async def members(server: Server) -> None:
 
 
 async def process() -> None:
-    """Have it in a child."""
+    """Serve in a child process."""
     async with serving_process("package.module:app", port=8000, stop_on_signals=True) as server:
         assert_type(server, ServerProcess)
         assert_type(server.url, str)
@@ -86,13 +86,13 @@ async def process() -> None:
 
 @asynccontextmanager
 async def my_serving(app: App, **options: Unpack[Options]) -> AsyncIterator[str]:
-    """Wrap it, and keep the types of its options."""
+    """Wrap `serving()`, and keep the types of its options."""
     async with serving(app, **options) as server:
         yield server.url
 
 
 async def blocks_for_tests(server: Server) -> None:
-    """Take the pieces for tests, as blocks."""
+    """Use the context managers for tests."""
     async with testing.server(FastAPI(), root_path="/api") as running, testing.client(running) as client:
         assert_type(running, Server)
         assert_type(client, httpx.AsyncClient)
@@ -108,7 +108,7 @@ async def fixtures_for_tests(
     aioserve_live_server: testing.LiveServerFactory,
     aioserve_tls: testing.TLS,
 ) -> None:
-    """Take the fixtures."""
+    """Use the fixtures."""
     assert_type(await aioserve_server(FastAPI(), ssl=aioserve_tls.server), Server)
     assert_type(await aioserve_client("package.module:app", headers={"x": "y"}), httpx.AsyncClient)
     assert_type(aioserve_live_server(uvicorn.Config(plain_app)), Server)
@@ -117,7 +117,7 @@ async def fixtures_for_tests(
 
 
 async def mistakes() -> None:
-    """See each of these refused; an ignore that is not needed is an error itself."""
+    """Make mistakes that mypy has to find; an ignore that is not needed is an error itself."""
     async with serving(FastAPI(), prot=8000):  # type: ignore[call-arg]
         pass
     async with serving(FastAPI(), port="8000"):  # type: ignore[arg-type]

@@ -4,14 +4,14 @@ The same small app in each framework, written as its users write it.
 What they have in common, where the framework has it:
 
     GET  /json        a bit of JSON
-    POST /form        a form with a name and a file; says what has come
-    POST /body        a body, read as it comes; says what has come
-    GET  /greeting    what the lifespan has prepared
+    POST /form        a form with a name and a file; says what has arrived
+    POST /body        a body, read as it arrives; says what has arrived
+    GET  /greeting    a greeting from the state of the lifespan
     GET  /hold        waits until the test lets it go; a coroutine
     GET  /sync        the same as a plain function, in a thread
-    GET  /stream      says FIRST, waits until the test lets it go, says LAST
-    GET  /events      goes on until the server is to stop, and says goodbye
-    GET  /endless     goes on forever
+    GET  /stream      sends FIRST, waits until the test lets it go, sends LAST
+    GET  /events      an event, and a last one when the server stops
+    GET  /endless     a stream without an end
     GET  /background  answers, and then works in the background until the test lets it go
     WS   /echo        echoes
 """
@@ -25,7 +25,7 @@ import threading
 FIRST = bytes(range(256)) * 4096
 LAST = b"the end"
 
-# Nothing waits so long; it is for threads that nobody can cancel.
+# Nothing waits so long; it is for threads, which cannot be cancelled.
 TIMEOUT = 30.0
 
 
@@ -33,12 +33,12 @@ Received = dict[str, int | str]
 
 
 def received(data: bytes) -> Received:
-    """What has come, in short."""
+    """Summarise what has arrived."""
     return {"size": len(data), "digest": hashlib.sha256(data).hexdigest()}
 
 
 class Play:
-    """What a test and its app have between them: what has happened, and when to go on."""
+    """What a test and its app share: what has happened, and when to go on."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -52,7 +52,7 @@ class Play:
         self.events.append(event)
 
     def release(self) -> None:
-        """Let everybody go who waits, or will."""
+        """Let all handlers go that wait, now or later."""
         self._released.set()
         self._threads_released.set()
 
@@ -65,12 +65,12 @@ class Play:
         assert self._threads_released.wait(TIMEOUT), "the test has never let it go"
 
     def is_over(self, moment: float) -> bool:
-        """Whether the test has let everybody go; a thread that asks waits for a moment."""
+        """Wait in a thread for a short time; return whether the test has let the handlers go."""
         return self._threads_released.wait(moment)
 
 
 async def end_sse_starlettes_watcher() -> None:
-    """It looks for uvicorn's end twice a second, in a task that lives as long as the loop."""
+    """End the task of sse-starlette that checks twice a second whether uvicorn stops, as long as the loop lives."""
     watchers = {task for task in asyncio.all_tasks() if "_shutdown_watcher" in repr(task.get_coro())}
     for task in watchers:
         task.cancel()

@@ -1,5 +1,5 @@
 """
-All that Django has to be told.
+All settings that Django needs.
 """
 
 from __future__ import annotations

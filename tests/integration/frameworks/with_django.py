@@ -1,5 +1,5 @@
 """
-Django, which has one app in a process: it takes part in the play that is on.
+Django, which has one app in a process: it uses the current play.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def events(request: HttpRequest) -> StreamingHttpResponse:
     async def chunks() -> AsyncIterator[str]:
         yield "data: hello\n\n"
         await stopping.wait()
-        yield "data: goodbye\n\n"
+        yield "data: the end\n\n"
 
     return StreamingHttpResponse(chunks(), content_type="text/event-stream")
 

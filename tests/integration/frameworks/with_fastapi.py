@@ -66,7 +66,7 @@ def make(play: Play) -> FastAPI:
         async def chunks() -> AsyncIterator[str]:
             yield "data: hello\n\n"
             await stopping.wait()
-            yield "data: goodbye\n\n"
+            yield "data: the end\n\n"
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
 

@@ -11,7 +11,7 @@ from flask import Flask, Response, request
 
 from tests.integration.frameworks import FIRST, LAST, Play, Received, received
 
-# How long a stream waits between two looks at whether it is to end: threads have nobody to tell them.
+# How long a stream waits between two checks whether it has to end: a thread cannot be woken up.
 MOMENT = 0.01
 
 
@@ -52,7 +52,7 @@ def make(play: Play) -> Flask:
             yield "data: hello\n\n"
             while not server.stopping.is_set():
                 play.is_over(MOMENT)
-            yield "data: goodbye\n\n"
+            yield "data: the end\n\n"
 
         return Response(chunks(), mimetype="text/event-stream")
 

@@ -72,7 +72,7 @@ def make(play: Play) -> Litestar:
         async def chunks() -> AsyncIterator[str]:
             yield "data: hello\n\n"
             await stopping.wait()
-            yield "data: goodbye\n\n"
+            yield "data: the end\n\n"
 
         return Stream(chunks(), media_type="text/event-stream")
 
@@ -105,5 +105,5 @@ def make(play: Play) -> Litestar:
             play.note("websocket over")
 
     handlers = [as_json, form, body, greeting, hold, sync, stream, events, endless, background, echo]
-    # By default it configures the root logger, with a thread that nobody ends.
+    # By default it configures the root logger, with a thread that is never ended.
     return Litestar(handlers, lifespan=[lifespan], logging_config=None)

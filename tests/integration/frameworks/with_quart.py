@@ -67,7 +67,7 @@ def make(play: Play) -> Quart:
         async def chunks() -> AsyncIterator[str]:
             yield "data: hello\n\n"
             await stopping.wait()
-            yield "data: goodbye\n\n"
+            yield "data: the end\n\n"
 
         return Response(chunks(), mimetype="text/event-stream")
 

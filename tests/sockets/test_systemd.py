@@ -1,0 +1,180 @@
+"""
+The two protocols of systemd: passing sockets, and notification. `tests/integration` uses the real systemd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aioserve import StartupError, serving, start
+from aioserve._net import systemd as _systemd
+from tests.helpers.apps import App
+from tests.helpers.clients import get
+
+
+def bound() -> socket.socket:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+@pytest.fixture
+def handed_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """Make two sockets with consecutive descriptors; those of systemd begin with 3, which is in use here."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(bound()) for _ in range(2)]
+        room = stack.enter_context(contextlib.ExitStack())
+        first = 500
+        for number, sock in enumerate(sockets):
+            os.dup2(sock.fileno(), first + number)
+            room.callback(os.close, first + number)
+        monkeypatch.setattr(_systemd, "_FIRST_DESCRIPTOR", first)
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        monkeypatch.setenv("LISTEN_FDS", "2")
+        monkeypatch.setenv("LISTEN_FDNAMES", "web:admin")
+        yield sockets
+
+
+def ports(sockets: list[socket.socket]) -> list[int]:
+    return [sock.getsockname()[1] for sock in sockets]
+
+
+async def test_all_sockets_that_systemd_passes_are_served(handed_down: list[socket.socket]) -> None:
+    """Repeatedly: the sockets stay open, and the environment is unchanged."""
+    before = dict(os.environ)
+    for _ in range(2):
+        async with serving(App(), systemd=True) as server:
+            assert [sock.getsockname()[1] for sock in server.sockets] == ports(handed_down)
+            assert (await get(server)).text == "hello"
+    assert dict(os.environ) == before
+
+
+async def test_socket_of_systemd_can_be_selected_by_its_name(handed_down: list[socket.socket]) -> None:
+    """So a program can have a server for each."""
+    async with serving(App(), systemd="admin") as admin, serving(App(), systemd="web") as web:
+        assert [web.port, admin.port] == ports(handed_down)
+        assert (await get(admin)).text == (await get(web)).text == "hello"
+
+
+async def test_unknown_name_of_a_systemd_socket_is_an_error(handed_down: list[socket.socket]) -> None:
+    """It lists the names that there are."""
+    with pytest.raises(FileNotFoundError, match=r"no socket named 'wbe' \(only 'web', 'admin'\) to this process"):
+        await start(App(), systemd="wbe")
+
+
+async def test_sockets_of_systemd_replace_the_other_address_options(handed_down: list[socket.socket]) -> None:
+    """The other options are for a start without systemd."""
+    async with serving(App(), systemd=True, port=1) as server:
+        assert server.port == ports(handed_down)[0]
+
+
+async def test_other_address_options_are_used_without_systemd(tmp_path: Path) -> None:
+    """As on a developer's machine."""
+    async with serving(App(), systemd=True, host="127.0.0.1") as server:
+        assert (await get(server)).text == "hello"
+    async with serving(App(), systemd="web", uds=tmp_path / "app.sock") as server:
+        assert server.url.startswith("http+unix://")
+
+
+async def test_systemd_option_without_systemd_and_without_an_address_is_an_error() -> None:
+    """A random port would help nobody."""
+    with pytest.raises(FileNotFoundError, match="systemd has passed no socket to this process"):
+        await start(App(), systemd=True)
+
+
+async def test_sockets_that_systemd_passed_to_another_process_are_ignored(
+    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child has the environment of its parent, but not the sockets."""
+    monkeypatch.setenv("LISTEN_PID", str(os.getppid()))
+    with pytest.raises(FileNotFoundError):
+        await start(App(), systemd=True)
+
+
+@pytest.mark.parametrize("number", ["two", "-1", "1.5", "", "9" * 5000])
+async def test_invalid_number_of_systemd_sockets_counts_as_none(
+    number: str, handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has set LISTEN_FDS by hand."""
+    monkeypatch.setenv("LISTEN_FDS", number)
+    with pytest.raises(FileNotFoundError):
+        await start(App(), systemd=True)
+
+
+async def test_number_of_systemd_sockets_that_is_too_high_is_an_error(
+    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the first descriptor that does not exist; the rest is not looked at."""
+    monkeypatch.setenv("LISTEN_FDS", "99999999")
+    with pytest.raises(OSError, match="cannot listen on descriptor 502: Bad file descriptor"):
+        await start(App(), systemd=True)
+
+
+@pytest.fixture(params=["a path", "an abstract name"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Make the socket on which systemd gets notifications."""
+    path = str(tmp_path / "notify") if request.param == "a path" else f"@aioserve-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path.replace("@", "\0", 1))
+        sock.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        yield sock
+
+
+def notifications(manager: socket.socket) -> list[bytes]:
+    messages = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            messages.append(manager.recv(1000))
+    return messages
+
+
+async def test_systemd_is_notified_of_the_start_and_the_stop(manager: socket.socket) -> None:
+    """When the app has started, and when the stop is asked for."""
+    app = App()
+    async with serving(app, systemd=True, port=0) as server:
+        assert notifications(manager) == [b"READY=1"]
+        server.close()
+        assert notifications(manager) == [b"STOPPING=1"]
+        server.close()
+    assert notifications(manager) == []
+
+
+async def test_server_of_one_systemd_socket_does_not_notify_of_its_stop(manager: socket.socket) -> None:
+    """A program may close one of several servers and go on; systemd would kill it in the end."""
+    async with serving(App(), systemd="web", port=0):
+        assert notifications(manager) == [b"READY=1"]
+    assert notifications(manager) == []
+
+
+async def test_systemd_is_not_notified_of_a_start_that_fails(manager: socket.socket) -> None:
+    """READY is not sent."""
+    with pytest.raises(StartupError):
+        await start(App("raises"), systemd=True, port=0)
+    assert b"READY=1" not in notifications(manager)
+
+
+async def test_systemd_is_not_notified_without_the_systemd_option(manager: socket.socket) -> None:
+    """The server may be one of many parts of a program, which systemd knows as a whole."""
+    async with serving(App()):
+        pass
+    assert notifications(manager) == []
+
+
+async def test_systemd_that_cannot_be_notified_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server works without it."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    async with serving(App(), systemd=True, port=0) as server:
+        assert (await get(server)).text == "hello"
+    assert [record.getMessage() for record in caplog.records if record.name == "aioserve"] == [
+        f"cannot send READY=1 to systemd at {tmp_path}/gone: No such file or directory",
+        f"cannot send STOPPING=1 to systemd at {tmp_path}/gone: No such file or directory",
+    ]

@@ -1,0 +1,86 @@
+"""
+The server stops accepting: connections in the kernel's queue are taken out of it and answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aioserve import _limits, serving, start
+from tests.helpers.apps import App
+from tests.helpers.clients import BURST, burst, connect, count_answers
+from tests.helpers.turns import MOMENT, turns
+
+pytestmark = pytest.mark.usefixtures("short_grace")
+
+CONTEXT = contextvars.ContextVar("CONTEXT", default="the server's")
+
+
+@pytest.mark.parametrize("how", ["the block ends", "close()", "a handler closes it"])
+async def test_requests_in_the_accept_queue_are_answered(how: str) -> None:
+    """Their connections have not even been accepted when the stop is asked for."""
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(App()) as server:
+            connection = await stack.enter_async_context(connect(server))
+            if how == "a handler closes it":
+                connection.ask("/close")
+                await server.stopping.wait()
+            clients = stack.enter_context(burst(server))
+            if how == "close()":
+                server.close()
+                await server.wait_closed()
+        assert count_answers(clients) == BURST
+
+
+async def test_requests_in_the_accept_queue_are_answered_in_the_servers_context() -> None:
+    """And not in the context of the caller of `close()`, with its ids and spans."""
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        seen.append(CONTEXT.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    server = await start(app)
+    with burst(server) as clients:
+        CONTEXT.set("the caller's")
+        await server.aclose()
+        assert count_answers(clients) == BURST
+    assert {*seen} == {"the server's"}
+
+
+async def test_server_without_free_descriptors_accepts_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Connections wait in the queue; and a stop in the meantime leaves no timer."""
+    exhausted = [True]
+
+    class Exhausted(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            if exhausted:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    monkeypatch.setattr("aioserve._net.acceptor.socket.socket", Exhausted)
+    monkeypatch.setattr(_limits, "ACCEPT_RETRY", MOMENT)
+    again: Callable[[], bool] = lambda: "cannot accept: Too many open files" in caplog.text  # noqa: E731
+    async with serving(App()) as server, connect(server) as client:
+        client.ask("/")
+        while not again():
+            await asyncio.sleep(0)
+        exhausted.clear()
+        assert (await client.answer()).endswith(b"hello")
+        exhausted.append(True)
+        async with connect(server):
+            await turns()
+            await server.aclose()
+    assert "cannot accept: Too many open files; the connections in the queue are lost" in caplog.text
