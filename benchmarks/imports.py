@@ -18,7 +18,6 @@ import asyncio
 import importlib.util
 import json
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 
 from common import children, measuring
@@ -44,12 +43,12 @@ print(json.dumps([took, sorted(set(sys.modules) - had)]))
 """
 
 
-def imported(name: str) -> tuple[float, list[str]]:
+def imported(name: str, interpreter: children.Interpreter = children.THIS) -> tuple[float, list[str]]:
     """Return how long it took, and which modules came with it."""
     before, timed = IMPORTS[name]
     program = PROGRAM.format(before=before, timed=timed)
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=children.COMPILED)
+    command = [interpreter.python, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=interpreter.environment)
     took, modules = json.loads(done.stdout)
     return took, modules
 

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import uvicorn
 
-from common import measuring, peers
+from common import children, measuring, peers
 
 NAMES = ("bare", "sketch", "aioserve", "aiohttp", "aiohttp, app anew", "hypercorn")
 WEIGHED = (*NAMES, "uvicorn's objects", "uvicorn, task")
@@ -91,16 +91,17 @@ async def weigh(name: str, servers: int, *, traced: bool) -> float:
     return float(after - before) / servers / 1024
 
 
-def weigh_apart(name: str, arguments: Any) -> dict[str, Any]:
+def weigh_apart(
+    name: str, servers: int, loop: str, interpreter: children.Interpreter = children.THIS
+) -> dict[str, float]:
     """Weigh it twice, in a process of its own each time."""
-    command = [sys.executable, __file__, "--servers", str(arguments.servers), "--loop", arguments.loop]
+    command = [interpreter.python, __file__, "--servers", str(servers), "--loop", loop, "--weigh", name]
     kinds = {"traced, KiB": "tracemalloc", "RSS, KiB": "rss"}
-    return {
-        title: float(
-            subprocess.run([*command, "--weigh", name, kind], check=True, capture_output=True, text=True).stdout
-        )
-        for title, kind in kinds.items()
-    }
+    weighed = {}
+    for title, kind in kinds.items():
+        done = subprocess.run([*command, kind], check=True, capture_output=True, text=True, env=interpreter.environment)
+        weighed[title] = float(done.stdout)
+    return weighed
 
 
 def main(arguments: Any) -> None:
@@ -109,7 +110,7 @@ def main(arguments: Any) -> None:
     starting, stopping = measuring.run(times(arguments.rounds, arguments.servers), arguments.loop)
     report.times(f"start each of {arguments.servers}", starting, unit="µs")
     report.times(f"stop each of {arguments.servers}", stopping, unit="µs")
-    rows = {name: weigh_apart(name, arguments) for name in WEIGHED}
+    rows = {name: weigh_apart(name, arguments.servers, arguments.loop) for name in WEIGHED}
     for row in rows.values():
         row["x uvicorn's"] = row["traced, KiB"] / rows["uvicorn's objects"]["traced, KiB"]
     report.table(f"memory of each of {arguments.servers}", rows)

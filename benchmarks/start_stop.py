@@ -28,7 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from common import children, measuring, peers
 
@@ -152,12 +153,12 @@ async def be_the_parent(method: str, loop: str) -> None:
         children.reply(time.perf_counter() - before)
 
 
-def cold(program: str) -> Callable[[], Awaitable[float]]:
+def cold(program: str, interpreter: children.Interpreter = children.THIS) -> Callable[[], Coroutine[Any, Any, float]]:
     """Run it in a new interpreter."""
 
     async def run() -> None:
-        command = [sys.executable, "-c", program.replace("{app}", APP)]
-        subprocess.run(command, check=True, env=children.COMPILED)  # noqa: ASYNC221
+        command = [interpreter.python, "-c", program.replace("{app}", APP)]
+        subprocess.run(command, check=True, env=interpreter.environment)  # noqa: ASYNC221
 
     return measuring.timed(run)
 

@@ -33,13 +33,18 @@ LIMIT = peers.GRACE + 0.5
 class Peer:
     """One of the servers, whose process is replaced when it had to be ended."""
 
-    def __init__(self, name: str, loop: str) -> None:
+    def __init__(self, name: str, loop: str, interpreter: children.Interpreter = children.THIS) -> None:
         self.name = name
         self.loop = loop
-        self.child = children.serve(name, loop=loop)
+        self.interpreter = interpreter
+        self.child = self.serve()
         self.figures: list[float] = []
         self.left_open = 0
         self.ended = False
+
+    def serve(self) -> children.Child:
+        """Start its process."""
+        return children.serve(self.name, loop=self.loop, interpreter=self.interpreter)
 
     def measure(self, kind: str, count: int) -> float:
         """Start, connect, stop; return how long that took."""
@@ -57,7 +62,7 @@ class Peer:
                 self.left_open = max(self.left_open, clients.still_open(opened))
         except children.TooLongError:
             self.end()
-            self.child = children.serve(self.name, loop=self.loop)
+            self.child = self.serve()
             self.ended = True
             took = LIMIT
         finally:

@@ -167,6 +167,16 @@ def main(arguments: Any) -> int:
     return max(0, beyond)
 
 
+def beyond(ours: dict[str, dict[str, int]], theirs: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Return by how much the counts differ, and for which functions; without the kinds that do not differ."""
+    more = {}
+    for kind in ours:
+        names = sorted({*ours[kind], *theirs[kind]})
+        different = {name: ours[kind].get(name, 0) - theirs[kind].get(name, 0) for name in names}
+        more[kind] = {name: number for name, number in different.items() if number}
+    return {kind: different for kind, different in more.items() if different}
+
+
 def count(report: measuring.Report, arguments: Any, *, kept_alive: bool) -> int:
     """Print the calls of both, and where they differ; return how many Python calls we make more."""
     counted = measuring.run(calls(arguments.http, kept_alive=kept_alive), arguments.loop)
@@ -175,12 +185,8 @@ def count(report: measuring.Report, arguments: Any, *, kept_alive: bool) -> int:
         f"function calls of a request ({arguments.http}, {'kept alive' if kept_alive else 'a new connection'})",
         {name: {kind: sum(each[kind].values()) for kind in each} for name, each in counted.items()},
     )
-    for kind in ours:
-        names = sorted({*ours[kind], *theirs[kind]})
-        different = {name: ours[kind].get(name, 0) - theirs[kind].get(name, 0) for name in names}
-        if any(different.values()):
-            more = {name: number for name, number in different.items() if number}
-            print(f"beyond uvicorn's, {kind}: {json.dumps(more)}")
+    for kind, more in beyond(ours, theirs).items():
+        print(f"beyond uvicorn's, {kind}: {json.dumps(more)}")
     return sum(ours["Python"].values()) - sum(theirs["Python"].values())
 
 

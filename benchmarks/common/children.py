@@ -10,9 +10,10 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from common import peers
 
@@ -22,6 +23,17 @@ COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHON
 """An environment for new interpreters in which the second one finds everything compiled."""
 
 
+class Interpreter(NamedTuple):
+    """A Python, and the environment variables of its processes: which aioserve these import depends on both."""
+
+    python: str
+    environment: Mapping[str, str]
+
+
+THIS = Interpreter(sys.executable, COMPILED)
+"""What runs this process."""
+
+
 class TooLongError(Exception):
     """It has not answered in time, and was ended."""
 
@@ -29,9 +41,15 @@ class TooLongError(Exception):
 class Child:
     """A script that runs in an interpreter of its own, and answers lines of JSON with lines of JSON."""
 
-    def __init__(self, script: str | Path, *arguments: str) -> None:
-        command = [sys.executable, str(script), *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    def __init__(self, script: str | Path, *arguments: str, interpreter: Interpreter = THIS) -> None:
+        self.process = subprocess.Popen(
+            [interpreter.python, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=interpreter.environment,
+        )
 
     def tell(self, question: Any) -> None:
         assert self.process.stdin is not None
@@ -58,10 +76,10 @@ class Child:
         self.process.communicate()
 
 
-def serve(peer: str, *, loop: str, **options: Any) -> Child:
+def serve(peer: str, *, loop: str, interpreter: Interpreter = THIS, **options: Any) -> Child:
     """Return a child that starts and stops servers of that peer; see `server.py`."""
     assert peer in peers.PEERS
-    return Child(HERE / "server.py", peer, loop, json.dumps(options))
+    return Child(HERE / "server.py", peer, loop, json.dumps(options), interpreter=interpreter)
 
 
 async def questions() -> Any:

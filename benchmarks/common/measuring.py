@@ -82,7 +82,7 @@ async def in_turn(
     return figures
 
 
-def timed(way: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[float]]:
+def timed(way: Callable[[], Awaitable[object]]) -> Callable[[], Coroutine[Any, Any, float]]:
     """Make it return how long it took, in seconds."""
 
     async def timing() -> float:
@@ -144,10 +144,11 @@ class Report:
 
     def table(self, question: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Print what is no time."""
+        wide = max([24, *map(len, rows)])
         columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-        print(f"\n{question}\n{'':24} " + " ".join(f"{column:>14}" for column in columns))
+        print(f"\n{question}\n{'':{wide}} " + " ".join(f"{column:>14}" for column in columns))
         for name, row in rows.items():
-            print(f"{name:24} " + " ".join(f"{_brief(row.get(column)):>14}" for column in columns), flush=True)
+            print(f"{name:{wide}} " + " ".join(f"{_brief(row.get(column)):>14}" for column in columns), flush=True)
         self.tables[question] = {name: dict(row) for name, row in rows.items()}
 
     def write(self) -> None:

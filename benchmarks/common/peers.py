@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -103,7 +104,6 @@ def sketch() -> Start:
 
     It has not one error path, and no HTTP.
     """
-    from aioserve._waiting import begin
 
     async def serve(port: asyncio.Future[int], ask: asyncio.Future[None], closed: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -120,7 +120,7 @@ def sketch() -> Start:
             if message["type"] == "lifespan.startup.complete":
                 started.set_result(None)
 
-        lifespan = begin(app({"type": "lifespan", "state": {}}, receive, send))
+        lifespan = _start_task(app({"type": "lifespan", "state": {}}, receive, send))
         await started
         server = await loop.create_server(asyncio.Protocol, HOST, 0, backlog=BACKLOG)
         port.set_result(_port(server.sockets[0]))
@@ -134,7 +134,7 @@ def sketch() -> Start:
     async def start() -> Running:
         loop = asyncio.get_running_loop()
         port, ask, closed = loop.create_future(), loop.create_future(), asyncio.Event()
-        task = begin(serve(port, ask, closed))
+        task = _start_task(serve(port, ask, closed))
         listening = await port
 
         async def stop() -> None:
@@ -145,6 +145,13 @@ def sketch() -> Start:
         return Running(lambda: listening, stop)
 
     return start
+
+
+def _start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Make a task, and run its first step at once where asyncio can do that (Python 3.12 and later)."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+    return asyncio.create_task(coroutine)
 
 
 def aioserve(**options: Any) -> Start:
