@@ -2,7 +2,7 @@
 Everything that is checked, each in an environment of its own: `nox --list` says what, and `.ci/run` runs it all.
 
     nox -s lint types
-    nox -s tests-3.13 -- tests/test_shutdown.py
+    nox -s tests-3.13 -- tests/stop
     nox -s variants
 
 What follows `--` goes to pytest. What names no Python runs on the one that runs nox.
@@ -38,8 +38,7 @@ def oldest() -> list[str]:
 
 # Tests that run whole programs, which choose their loops and protocols by themselves: they need not be run with each.
 WITHOUT_PROGRAMS = [
-    f"--ignore=tests/test_{name}.py"
-    for name in ("command_line", "demo", "process", "pytest_plugin", "readme", "signals")
+    f"--ignore=tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin")
 ]
 
 # What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols.
@@ -90,10 +89,13 @@ def integration(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """How the code looks."""
-    session.install("ruff")
+    """How the code looks, how long its files are, and which of them imports which."""
+    session.install("ruff", "import-linter")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    session.run("python", ".ci/sizes.py")
+    # It only reads the source: nothing of what that imports has to be installed.
+    session.run("lint-imports", "--no-cache", "--no-logo", env={"PYTHONPATH": "src"})
 
 
 @nox.session
@@ -129,6 +131,16 @@ def benchmarks(session: nox.Session) -> None:
     """Whether the benchmarks run; what they measure takes more rounds."""
     session.install(*NEWEST, ".[bench]")
     session.run("python", "benchmarks/all.py", "--rounds", "2")
+    # Compared with itself. A round is too short to be precise, so the limit is high.
+    compared = ["start-stop", "start-stop-uvloop", "calls", "stop-1", "import"]
+    session.run("python", "benchmarks/versions.py", "--other", "src", "--rounds", "1", "--limit", "2", *compared)
+
+
+@nox.session
+def versions(session: nox.Session) -> None:
+    """Whether this version is slower than another one: `nox -s versions -- --other ../old/src`."""
+    session.install(*NEWEST, ".[bench]")
+    session.run("python", "benchmarks/versions.py", *session.posargs)
 
 
 @nox.session
