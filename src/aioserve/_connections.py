@@ -88,7 +88,7 @@ class Connections:
 
     def _may_be_new(self, connection: Any) -> bool:
         """Whether nothing has been read from it that looks like a request. What is unread may be one."""
-        if not protocols.is_http(connection) or connection.cycle is not None:
+        if protocols.has_had_request(connection):
             return False
         return self._state_of(connection) == "new" or self._unread(connection) > 0
 
@@ -109,7 +109,9 @@ class Connections:
 
     def has_more_requests(self, connection: Any) -> bool:
         """Whether a client has sent more requests, without waiting for an answer to the first."""
-        return protocols.has_read_more(connection) or (not connection.cycle.more_body and self._unread(connection) > 0)
+        if protocols.has_read_more(connection):
+            return True
+        return not protocols.has_unread_body(connection) and self._unread(connection) > 0
 
     def _state_of(self, connection: Any) -> ConnectionState:
         state = protocols.connection_state(connection)
@@ -177,8 +179,8 @@ class Connections:
         self._disconnecting = True
         # httptools' connections show the requests that wait behind the current one; for that, only its task does.
         for task in list(self.state.tasks):
-            cycle = protocols.handled_by(task)
-            if hasattr(cycle, "message_event") and not cycle.response_complete:
+            cycle = protocols.unanswered_cycle_of(task)
+            if cycle is not None:
                 disconnect(cycle, self._unread)
         for connection in list(self.state.connections):
             self._disconnect(connection)

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aioserve import _limits
 from aioserve._connections import Connections
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
 from aioserve._lifespan import Lifespan
@@ -152,7 +153,7 @@ class Engine(ServerTask):
                 drop()
             except Exception:
                 logger.exception("the clean-up after that failed, too")
-        await self._condition.wait_for(connections.is_finished, 1.0, even_if_forced=True)
+        await self._condition.wait_for(connections.is_finished, _limits.CANCELLED_HANDLERS, even_if_forced=True)
         try:
             await self.lifespan.shutdown(0)
         except ShutdownError as exc:

@@ -40,10 +40,11 @@ class Shutdown:
     asked_at: float | None = None
     """When the stop was asked for first, in the loop's time."""
     failure: Exception | None = None
-    """What went wrong where the first phase was run by whoever asked."""
+    """What went wrong in a first phase that did not run in the server's task; that task runs it again."""
     is_expired: bool = False
     """Whether the deadline of a `close()` is over."""
 
+    _has_stopped_accepting: bool = False
     _event: anyio.Event | None = None
     _deadline: asyncio.TimerHandle | None = None
 
@@ -125,7 +126,8 @@ class Shutdown:
         if drain and self._settings.drain_delay:
             await self._condition.wait_for(lambda: self.is_expired, self._settings.drain_delay)
 
-        self._stop_accepting()
+        if not self._has_stopped_accepting:
+            self._stop_accepting()
         report = Report() if self._connections.is_finished() else await self._finish()
 
         error = None
@@ -138,11 +140,12 @@ class Shutdown:
         return report, error
 
     def _stop_accepting(self) -> None:
-        """Stop accepting, and close what is idle. It needs no waiting, and may be run twice."""
+        """Stop accepting, and close what is idle, which needs no waiting."""
         self._connections.acceptor.close()
         self._connections.close_idle()
         if self._connections.needs_no_app():
             self._lifespan.request_shutdown()
+        self._has_stopped_accepting = True
 
     async def _finish(self) -> Report:
         connections, condition = self._connections, self._condition

@@ -24,7 +24,7 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
     """
     Make a task and run its first step at once, which saves a turn of the loop.
 
-    On Python 3.11, or where the program has a task factory of its own, the first step comes in the next turn.
+    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides.
     """
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:

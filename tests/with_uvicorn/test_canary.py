@@ -556,7 +556,7 @@ def test_everything_that_is_relied_on_is_listed_once_with_a_reason(things: list[
         assert set(thing.only) <= {"h11", "httptools", "zttp", "websockets", "websockets-sansio", "wsproto"}
 
 
-def test_everything_that_the_engine_says_it_relies_on_is_tested() -> None:
+def test_everything_that_the_folder_for_uvicorn_says_it_relies_on_is_tested() -> None:
     here = Path(__file__).read_text()
     said, _, _ = (inspect.getdoc(aioserve._uvicorn) or "").partition("\naioserve has")
     names = re.findall(r"`[\w.]*?(\w+)(?:\(\w*\))?`", said)

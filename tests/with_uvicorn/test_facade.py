@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("short_grace")
 
 
 async def test_server_uvicorn_is_a_uvicorn_server() -> None:
-    """And its `serve()` is the coroutine that runs as the task."""
+    """And one task runs the server: that of `Engine._serve()`."""
     async with serving(App()) as server:
         assert isinstance(server.uvicorn, uvicorn.Server)
         assert server.uvicorn.started

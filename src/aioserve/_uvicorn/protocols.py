@@ -99,6 +99,11 @@ def has_unread_body(connection: Any) -> bool:
     return connection.cycle is not None and connection.cycle.more_body
 
 
+def has_had_request(connection: Any) -> bool:
+    """Whether the head of a first request has been read; a WebSocket began with one."""
+    return not is_http(connection) or connection.cycle is not None
+
+
 def is_handshake_complete(websocket: Any) -> bool:
     """Whether the app has accepted or refused a WebSocket."""
     completed: asyncio.Event | None = getattr(websocket, "handshake_completed_event", None)
@@ -117,6 +122,12 @@ def handled_by(task: asyncio.Task[Any]) -> Any:
     if frame is None or frame.f_code.co_name != "run_asgi":
         return None
     return frame.f_locals.get("self")
+
+
+def unanswered_cycle_of(task: asyncio.Task[Any]) -> Any:
+    """The cycle whose handler runs in a task; `None` where its response is complete, or the task has no cycle."""
+    cycle = handled_by(task)
+    return cycle if hasattr(cycle, "message_event") and not cycle.response_complete else None
 
 
 def scope_of(task: asyncio.Task[Any]) -> dict[str, Any]:
