@@ -324,7 +324,7 @@ def test_every_option_of_serving_has_a_command_line_option() -> None:
     hidden = {"--for-parent"}
     assert {*shown} | hidden == {
         each.opts[0] for each in (*OWN_OPTIONS, *PASSED_OPTIONS) if each.param_type_name == "option"
-    } | {"--help"}
+    } | {"--help", "--version"}
 
 
 @pytest.mark.parametrize(

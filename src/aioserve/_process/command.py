@@ -12,7 +12,6 @@ import platform
 import sys
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
@@ -24,59 +23,54 @@ from aioserve._process.program import run
 from aioserve._settings import parse
 from aioserve._uvicorn.logs import log_config
 
-logger: logging.Logger = logging.getLogger("aioserve")
+logger = logging.getLogger("aioserve")
 
 # The exit code for a wrong command line, as in most programs.
 USAGE_ERROR = 2
 
 
-def seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    """Return a number of seconds, or `None` for no limit."""
-    if value is None or value.lower() == "none":
-        return None
+# Types of options. Each is called with what the user wrote.
+
+
+def seconds(value: str) -> float | None:
     try:
-        return float(value)
+        return None if value.lower() == "none" else float(value)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a number of seconds or none", ctx, param) from None
+        raise click.BadParameter(f"{value!r} is not a number of seconds or none") from None
 
 
-def descriptor(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """Return the number of an open file descriptor."""
-    if value is not None:
-        try:
-            os.fstat(value)
-        except (OverflowError, OSError):
-            raise click.BadParameter(f"{value} is not an open file descriptor", ctx, param) from None
-    return value
-
-
-def mode(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Return the mode of a file from its octal digits."""
+def octal(value: str) -> int:
     try:
-        return None if value is None else int(value, 8)
+        return int(value, 8)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not an octal number", ctx, param) from None
+        raise click.BadParameter(f"{value!r} is not an octal number") from None
 
 
-def writable(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    """Return the number of a file descriptor that can be written to."""
-    value = descriptor(ctx, param, value)
-    if value is not None and fcntl.fcntl(value, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-        raise click.BadParameter(f"descriptor {value} is not writable", ctx, param)
-    return value
+def descriptor(value: str) -> int:
+    number: int = click.INT(value)
+    try:
+        os.fstat(number)
+    except (OverflowError, OSError):
+        raise click.BadParameter(f"{number} is not an open file descriptor") from None
+    return number
+
+
+def writable(value: str) -> int:
+    number = descriptor(value)
+    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise click.BadParameter(f"descriptor {number} is not writable")
+    return number
 
 
 class Command(click.Command):
     """A command whose help shows its options in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections; the last one has all other options."""
         options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
         others = {each.name: record for each in options if (record := each.get_help_record(ctx)) is not None}
         for title, names in SECTIONS.items():
-            records = [others.pop(name) for name in names or tuple(others) if name in others]
             with formatter.section(title):
-                formatter.write_dl(records)
+                formatter.write_dl([others.pop(name) for name in names or tuple(others) if name in others])
 
 
 UVICORN_OPTIONS: dict[str, click.Parameter] = {str(each.name): each for each in uvicorn.main.params}
@@ -88,20 +82,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "TLS": tuple(name for name in UVICORN_OPTIONS if name.startswith("ssl_")),
     "Logs": ("log_level", "log_config", "access_log", "use_colors"),
     "Program": ("loop", "version", "help", "_click_default_help"),  # the last two are one, by click's version
-    "Other uvicorn options": (),
+    "Other uvicorn options": (),  # all that are in no other section
 }
 
 
-def show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    """Print the versions and exit."""
-    if value and not ctx.resilient_parsing:
-        python = f"{platform.python_implementation()} {platform.python_version()}"
-        click.echo(f"aioserve {version('aioserve-asgi')} with uvicorn {uvicorn.__version__} on {python}")
-        ctx.exit()
-
-
 def _seconds(name: str, description: str) -> click.Option:
-    return click.Option([name], metavar="SECONDS", callback=seconds, help=description)
+    return click.Option([name], type=seconds, help=description)
 
 
 OWN_OPTIONS: list[click.Parameter] = [
@@ -115,8 +101,10 @@ OWN_OPTIONS: list[click.Parameter] = [
     ),
     click.Option(["--port"], type=int, help="0 takes a free port, the same on every address.  [default: 8000]"),
     click.Option(["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, not on TCP."),
-    click.Option(["--uds-mode"], metavar="OCTAL", callback=mode, help="Its file's mode, like 660.  [default: 600]"),
-    click.Option(["--fd"], type=int, callback=descriptor, help="Listen on an inherited socket, by its descriptor."),
+    click.Option(["--uds-mode"], type=octal, help="Its file's mode, like 660.  [default: 600]"),
+    click.Option(
+        ["--fd"], metavar="INTEGER", type=descriptor, help="Listen on an inherited socket, by its descriptor."
+    ),
     click.Option(
         ["--systemd"],
         is_flag=True,
@@ -130,8 +118,8 @@ OWN_OPTIONS: list[click.Parameter] = [
     _seconds("--disconnect-after", "How long until receive() says http.disconnect.  [default: the shutdown timeout]"),
     click.Option(
         ["--ready-fd"],
-        type=int,
-        callback=writable,
+        metavar="INTEGER",
+        type=writable,
         help="Write one line of JSON to this descriptor and close it: where it serves, or why it cannot start.",
     ),
     click.Option(
@@ -139,9 +127,6 @@ OWN_OPTIONS: list[click.Parameter] = [
         type=click.Choice(["auto", "asyncio", "uvloop"]),
         default="auto",
         help="The event loop; auto is uvloop, if it is installed.  [default: auto]",
-    ),
-    click.Option(
-        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="Show the versions."
     ),
     click.Option(["--for-parent"], hidden=True, help="Descriptors that serving_process() has passed."),
 ]
@@ -155,6 +140,12 @@ PASSED_OPTIONS = [
 
 
 @click.command(cls=Command, params=[*OWN_OPTIONS, *PASSED_OPTIONS], context_settings={"max_content_width": 120})
+@click.version_option(
+    package_name="aioserve-asgi",
+    message=f"aioserve %(version)s with uvicorn {uvicorn.__version__} on "
+    f"{platform.python_implementation()} {platform.python_version()}",
+    help="Show the versions.",
+)
 @click.pass_context
 def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: Any) -> int:
     """
@@ -169,10 +160,10 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     if for_parent is not None:
         return child.run(app, for_parent)
 
+    loop, ready_fd = given.pop("loop"), given.pop("ready_fd")
+    sys.path.insert(0, os.path.abspath(given.pop("app_dir")))
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in given.items() if ctx.get_parameter_source(name) is not default}
-    loop, app_dir, ready_fd = given.pop("loop", "auto"), given.pop("app_dir", ""), given.pop("ready_fd", None)
-    sys.path.insert(0, os.path.abspath(app_dir))
     try:
         settings = parse(app, _as_options(given))
     except Exception as exc:  # (a logging configuration can raise anything)
@@ -198,13 +189,17 @@ def _as_options(given: dict[str, Any]) -> dict[str, Any]:
 
 def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
     """Print where it serves, or why it does not, and write it as JSON to `ready_fd`."""
-    if event["event"] == "ready":
+    kind, error = event["event"], event.get("error")
+    if kind == "ready":
         with suppress(OSError):  # nobody reads standard output
             click.echo("\n".join(event["urls"]))
-    elif event["error"] is not None:
-        failed = event["event"] == "failed" and event["error"]["type"] != "StartupInterruptedError"
-        print_error("cannot start: " if failed else "", event["error"])
-    if event["event"] in ("ready", "failed") and ready_fd is not None:
+    elif error is not None:
+        if error["traceback"]:
+            logger.error("%s", error["traceback"].rstrip())
+        prefix = "cannot start: " if kind == "failed" and error["type"] != "StartupInterruptedError" else ""
+        filename = f": {error['filename']}" if error["filename"] else ""
+        print_line(f"{prefix}{error['message']}{filename}")
+    if kind != "stopped" and ready_fd is not None:
         try:
             with open(ready_fd, "wb") as out:
                 out.write(json.dumps({**event, "pid": os.getpid()}).encode() + b"\n")
@@ -212,17 +207,8 @@ def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
             logger.warning("cannot write to descriptor %d: %s", ready_fd, exc.strerror)
 
 
-def print_error(prefix: str, error: dict[str, Any]) -> None:
-    """Print one line to standard error; log the traceback of the app's own exception first."""
-    if error["traceback"]:
-        logger.error("%s", error["traceback"].rstrip())
-    filename = f": {error['filename']}" if error["filename"] else ""
-    print_line(f"{prefix}{error['message']}{filename}")
-
-
 def print_line(line: str) -> None:
-    """Print one line to standard error."""
-    with suppress(OSError):
+    with suppress(OSError):  # nobody reads standard error
         click.echo("aioserve: " + line.replace("\n", " "), err=True)
 
 
@@ -240,16 +226,13 @@ def open_missing_descriptors() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line."""
     open_missing_descriptors()
     try:
         code = command.main(standalone_mode=False)
-    except click.NoSuchOption as exc:
-        name = exc.option_name.lstrip("-").replace("-", "_")
-        reason = REFUSED.get(name) if name in UVICORN_OPTIONS else None
-        print_line(f"there is no option {exc.option_name}: {reason}" if reason else exc.format_message())
-        code = USAGE_ERROR
     except click.ClickException as exc:
-        print_line(exc.format_message())
+        option = exc.option_name if isinstance(exc, click.NoSuchOption) else ""
+        name = option.lstrip("-").replace("-", "_")
+        is_refused = name in REFUSED and name in UVICORN_OPTIONS
+        print_line(f"there is no option {option}: {REFUSED[name]}" if is_refused else exc.format_message())
         code = USAGE_ERROR
     sys.exit(code)
