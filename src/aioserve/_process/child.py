@@ -33,7 +33,7 @@ def run(app: str, descriptors: str) -> int:
         os.set_inheritable(fd, False)
     sys.path[:] = handover.path
     signals = Signals((signal.SIGINT, signal.SIGTERM))
-    link = ParentLink(signals, lifeline, handover.parent, handover.stop_timeout)
+    link = ParentLink(signals, lifeline, handover)
     link.start()
 
     def send(event: messages.Event) -> None:
@@ -60,11 +60,10 @@ def run(app: str, descriptors: str) -> int:
 class ParentLink:
     """Watches the lifeline in a thread, and sends the main thread signals when the parent forces a stop, or dies."""
 
-    def __init__(self, signals: Signals, lifeline: int, parent: int, stop_timeout: float) -> None:
+    def __init__(self, signals: Signals, lifeline: int, handover: messages.Handover) -> None:
         self._signals = signals
         self._lifeline = lifeline
-        self._parent = parent
-        self._stop_timeout = stop_timeout
+        self._handover = handover
         self._ended = False
 
     def start(self) -> None:
@@ -81,16 +80,16 @@ class ParentLink:
         poll.register(self._lifeline, select.POLLIN)
         # A fork of the parent may keep the lifeline open after the parent's death.
         try:
-            poll.register(os.pidfd_open(self._parent), select.POLLIN)
+            poll.register(os.pidfd_open(self._handover.parent), select.POLLIN)
         except (AttributeError, OSError):
             pass  # this system has no pidfds, or the parent has died already, which the lifeline tells as well
-        while os.getppid() == self._parent and [self._lifeline] == [fd for fd, _ in poll.poll()]:
+        while os.getppid() == self._handover.parent and [self._lifeline] == [fd for fd, _ in poll.poll()]:
             if not os.read(self._lifeline, 1):
                 break
             self._send(signal.SIGINT)  # the second signal, after the parent's SIGTERM
         if not self._signals.count:  # a second one would force
             self._send(signal.SIGTERM)
-        time.sleep(self._stop_timeout)
+        time.sleep(self._handover.stop_timeout)
         os._exit(program.FORCED)
 
     def _send(self, signum: int) -> None:

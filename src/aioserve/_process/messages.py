@@ -13,39 +13,27 @@ import os
 import ssl
 import traceback
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from aioserve import _errors, _limits
-from aioserve._errors import ServingError
 from aioserve._options import LISTEN_OPTIONS, check_names, check_values
 from aioserve._report import Report, UnfinishedHandler
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from aioserve._server import Server
+from aioserve._server import Server
 
 Event: TypeAlias = dict[str, Any]
 
-# These options are only for the parent.
-_FOR_PARENT = LISTEN_OPTIONS | {"stop_on_signals", "startup_timeout"}
-
-# The fields of a report that are handlers.
-_HANDLERS = ("disconnected", "cancelled")
+_FOR_PARENT = LISTEN_OPTIONS | {"stop_on_signals", "startup_timeout"}  # options that are only for the parent
+_HANDLERS = ("disconnected", "cancelled")  # the fields of a report that are handlers
 
 
 class Handover(NamedTuple):
     """What the child has to know before it starts."""
 
     options: dict[str, Any]
-    listeners: list[tuple[int, bool]]
-    """Of each listening socket: its descriptor, and whether it is lent."""
-    path: list[str]
-    """The parent's `sys.path`."""
-    parent: int
-    """The parent's process id."""
-    stop_timeout: float
-    """How long the child may take to stop when its parent has died."""
+    listeners: list[tuple[int, bool]]  # of each listening socket: its descriptor, and whether it is lent
+    path: list[str]  # the parent's `sys.path`
+    parent: int  # the parent's process id
+    stop_timeout: float  # how long the child may take to stop when its parent has died
 
 
 def options_for_child(app: object, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,11 +71,7 @@ def failed(error: BaseException) -> Event:
 
 
 def stopped(report: Report | None, error: BaseException | None) -> Event:
-    return {
-        "event": "stopped",
-        "report": None if report is None else encode_report(report),
-        "error": None if error is None else encode_error(error),
-    }
+    return {"event": "stopped", "report": report and encode_report(report), "error": error and encode_error(error)}
 
 
 def encode_error(error: BaseException) -> dict[str, Any]:
@@ -97,7 +81,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
         "message": str(system_error.strerror or error),
         "errno": system_error.errno,
         "filename": system_error.filename,
-        "traceback": _app_traceback(error.__cause__) if isinstance(error, ServingError) else "",
+        "traceback": _app_traceback(error.__cause__) if isinstance(error, _errors.ServingError) else "",
     }
 
 
@@ -109,7 +93,7 @@ def decode_error(encoded: Mapping[str, Any]) -> BaseException:
         error = kind(encoded["errno"], encoded["message"], *([encoded["filename"]] if encoded["filename"] else []))
     else:
         kinds = {"TypeError": TypeError, "ValueError": ValueError, **vars(_errors)}
-        error = kinds.get(encoded["type"], ServingError)(encoded["message"])
+        error = kinds.get(encoded["type"], _errors.ServingError)(encoded["message"])
     if encoded["traceback"]:
         error.add_note(f"In the child process:\n{encoded['traceback'].rstrip()}")
     return error
@@ -130,13 +114,9 @@ def decode_report(encoded: Mapping[str, Any]) -> Report:
 def _app_traceback(error: BaseException | None) -> str:
     """Return the traceback without our own frames; nothing if no frame is left."""
     frame = None if error is None else error.__traceback__
-    while frame is not None and not _is_apps(frame):
+    ours = ("aioserve", "uvicorn", "importlib", "__main__")
+    while frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame = frame.tb_next
     if error is None or frame is None:
         return ""
     return "".join(traceback.format_exception(type(error), error, frame))[-_limits.TRACEBACK_CHARACTERS :]
-
-
-def _is_apps(frame: TracebackType) -> bool:
-    module = frame.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] not in ("aioserve", "uvicorn", "importlib", "__main__")

@@ -15,33 +15,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Unpack
 
-from aioserve import _limits
-from aioserve._errors import (
-    ServerCrashedError,
-    ServingError,
-    ShutdownError,
-    StartupError,
-    StartupInterruptedError,
-    StartupTimeoutError,
-)
+from aioserve import _errors, _limits
+from aioserve._net.listeners import Listener
+from aioserve._options import Options
 from aioserve._process import messages
 from aioserve._server import ServerHandle
 from aioserve._serving import ServingBody, check_loop, listen, wait_started
-from aioserve._settings import parse
+from aioserve._settings import Settings, parse
 from aioserve._signals import Signals, signal_name
 from aioserve._waiting import ServerTask
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from typing import Unpack
-
-    from aioserve._net.listeners import Listener
-    from aioserve._options import Options
-    from aioserve._settings import Settings
 
 # A `uvicorn.Config` made with these would configure the logging of this process.
 _LOGGING_OPTIONS = ("log_config", "log_level", "use_colors")
@@ -60,7 +46,7 @@ class ServerProcess(ServerHandle):
     def __init__(self, child: ChildProcess) -> None:
         self._engine = child
         self._loop = asyncio.get_running_loop()
-        self._host, self._port = child.address
+        self._host, self._port = child.listeners[0].host, child.listeners[0].port
 
     @property
     def pid(self) -> int:
@@ -136,11 +122,10 @@ class ChildProcess(ServerTask):
         super().__init__()
         scheme = "https" if settings.config.ssl_certfile else "http"
         self.urls = [listener.url(scheme) for listener in listeners]
-        self.address: tuple[str | None, int | None] = listeners[0].host, listeners[0].port
         self._app = app
         self._options = options
         self._settings = settings
-        self._listeners = listeners
+        self.listeners = listeners
         self._asked_at: float | None = None
         self._forced = False
         self._startup_expired = False
@@ -154,7 +139,7 @@ class ChildProcess(ServerTask):
         budget = self._settings.shutdown_timeout
         handover = messages.Handover(
             options=self._options,
-            listeners=[(listener.socket.fileno(), listener.lent) for listener in self._listeners],
+            listeners=[(listener.socket.fileno(), listener.lent) for listener in self.listeners],
             path=[os.path.abspath(each) for each in sys.path],
             parent=os.getpid(),
             stop_timeout=_limits.longest_stop(
@@ -164,10 +149,10 @@ class ChildProcess(ServerTask):
         try:
             self.process, self._events, self._lifeline = _spawn(self._app, handover)
         except BaseException:
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener.close()
             raise
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.socket.close()  # the child has its own; ours would keep the port busy after its death
 
         self._loop.add_reader(self._events, self._on_readable)
@@ -190,10 +175,10 @@ class ChildProcess(ServerTask):
 
     def _read(self) -> bool:
         """Handle the events that have come, and return whether the pipe has ended."""
-        ended = True
         try:
             while chunk := os.read(self._events, 65536):
                 self._buffer += chunk
+            ended = True
         except BlockingIOError:
             ended = False
         *lines, self._buffer = self._buffer.split(b"\n")
@@ -228,47 +213,44 @@ class ChildProcess(ServerTask):
         self._loop.remove_reader(self._events)
         os.close(self._events)
         self._lifeline.close()
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.remove_file()
         for action in list(self._timers):
             self._cancel_timer(action)
 
         self._set_error()
-        crashed = self.started and self._asked_at is None and isinstance(self.error, ServerCrashedError)
+        crashed = self.started and self._asked_at is None and isinstance(self.error, _errors.ServerCrashedError)
         self.closed.set()
         self._set_ready()
         if crashed and self.on_crash is not None:
             self.on_crash()
 
     def _set_error(self) -> None:
-        ended = self._exit_status()
+        code = self.process.returncode
+        status = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
+        ended = f"the child process {self.process.pid} ended ({status})"
         if not self._said_last:
             self.error = self._error_of_death(ended)
         elif self._killed and self.error is None:
-            self.error = ShutdownError(f"{ended}: the server had stopped, but its process did not end")
+            self.error = _errors.ShutdownError(f"{ended}: the server had stopped, but its process did not end")
         elif self.error is None and not self.started:
-            self.error = StartupInterruptedError("the server was told to stop before it had started")
-        if self._startup_expired and isinstance(self.error, StartupInterruptedError):
+            self.error = _errors.StartupInterruptedError("the server was told to stop before it had started")
+        if self._startup_expired and isinstance(self.error, _errors.StartupInterruptedError):
             message = f"the app did not start within startup_timeout={self._settings.startup_timeout:g} seconds"
-            self.error = StartupTimeoutError(f"{message}; its process was told to stop")
+            self.error = _errors.StartupTimeoutError(f"{message}; its process was told to stop")
             self.error.__cause__ = TimeoutError(message)
 
-    def _error_of_death(self, ended: str) -> ServingError:
+    def _error_of_death(self, ended: str) -> _errors.ServingError:
         if self._asked_at is None:
             if self.started:
-                return ServerCrashedError(f"{ended} while it was serving")
-            return StartupError(f"{ended} before the app had started")
+                return _errors.ServerCrashedError(f"{ended} while it was serving")
+            return _errors.StartupError(f"{ended} before the app had started")
         if not self.started:
-            return StartupInterruptedError(f"{ended}: it was told to stop before it had started")
+            return _errors.StartupInterruptedError(f"{ended}: it was told to stop before it had started")
         if self._killed:
             took = self._loop.time() - self._asked_at
-            return ShutdownError(f"{ended}: it did not stop within {took:.3g} seconds")
-        return ServerCrashedError(f"{ended} while it was stopping")
-
-    def _exit_status(self) -> str:
-        code = self.process.returncode
-        status = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
-        return f"the child process {self.process.pid} ended ({status})"
+            return _errors.ShutdownError(f"{ended}: it did not stop within {took:.3g} seconds")
+        return _errors.ServerCrashedError(f"{ended} while it was stopping")
 
     # Stopping the child.
 
@@ -316,14 +298,12 @@ class ChildProcess(ServerTask):
     def _call_later(self, seconds: float, action: Callable[[], None]) -> None:
         """Do something so many seconds from now, unless it is to be done earlier anyway."""
         timer = self._timers.get(action)
-        if timer is not None and timer.when() <= self._loop.time() + seconds:
-            return
-        self._cancel_timer(action)
-        self._timers[action] = self._loop.call_later(seconds, action)
+        if timer is None or timer.when() > self._loop.time() + seconds:
+            self._cancel_timer(action)
+            self._timers[action] = self._loop.call_later(seconds, action)
 
     def _cancel_timer(self, action: Callable[[], None]) -> None:
-        timer = self._timers.pop(action, None)
-        if timer is not None:
+        if timer := self._timers.pop(action, None):
             timer.cancel()
 
 
@@ -341,18 +321,11 @@ def _spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[byte
         os.set_blocking(events, False)
 
         fds = (file.fileno(), childs_events, childs_lifeline)
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+        # With -P, modules in the current directory do not hide those that we import.
+        command = [sys.executable, *flags, "-P", "-m", "aioserve", "--for-parent", ",".join(map(str, fds)), "--", app]
         process = subprocess.Popen(  # noqa: S603 (ourselves)
-            [
-                sys.executable,
-                *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]  # as multiprocessing does
-                "-P",  # so that modules in the current directory do not hide those that we import
-                "-m",
-                "aioserve",
-                "--for-parent",
-                ",".join(map(str, fds)),
-                "--",
-                app,
-            ],
+            command,
             stdin=subprocess.DEVNULL,
             pass_fds=(*fds, *(fd for fd, _lent in handover.listeners)),
             process_group=0,  # so that the terminal's Ctrl+C is only for the parent

@@ -13,16 +13,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from aioserve._errors import ServingError, StartupInterruptedError
+from aioserve._net.listeners import Listener
 from aioserve._process import messages
 from aioserve._serving import start_with
+from aioserve._settings import Settings
 from aioserve._signals import Signals, signal_name
-
-if TYPE_CHECKING:
-    from aioserve._net.listeners import Listener
-    from aioserve._settings import Settings
 
 # Exit codes.
 GRACEFUL = 0
@@ -44,10 +41,8 @@ def run(
     `on_event` is called with each event: "ready" or "failed", then "stopped". A caller can pass listeners that are open
     already, and the signals of the settings if it needs to know whether one has come.
     """
-    if signals is None:
-        signals = Signals(settings.stop_on_signals)
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
-        return runner.run(_serve(settings, on_event, listeners, signals))
+        return runner.run(_serve(settings, on_event, listeners, signals or Signals(settings.stop_on_signals)))
 
 
 async def _serve(
