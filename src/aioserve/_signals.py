@@ -18,11 +18,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import FrameType
+from typing import Any, TypeAlias
 from weakref import WeakSet
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 Previous: TypeAlias = Callable[[int, Any], Any] | int | signal.Handlers
 Action: TypeAlias = Callable[[], object]
@@ -86,8 +84,6 @@ class Signals:
     def release(self) -> None:
         """Stop handling the signals, and restore the previous handlers, unless others have replaced ours."""
         self._action = None
-        if not self._handlers:
-            return
         handlers, self._handlers = self._handlers, []
         for handler in handlers:
             handler.users.discard(self)
@@ -168,12 +164,10 @@ def _check_available(signum: int, loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _install(signum: int, user: Signals) -> _Handler:
-    current = signal.getsignal(signum)
-    if isinstance(current, _Handler):
-        handler = current
-    else:
-        assert current is not None
-        handler = _Handler(signum, current)
+    handler = signal.getsignal(signum)
+    if not isinstance(handler, _Handler):
+        assert handler is not None
+        handler = _Handler(signum, handler)
         signal.signal(signum, handler)
         _HANDLERS.add(handler)
     handler.users.add(user)
@@ -193,10 +187,9 @@ def _still_valid(previous: Previous) -> Previous:
 
     `asyncio.Runner.run()` handles SIGINT, and restores the default handler when it ends, unless ours is installed then.
     """
-    if isinstance(previous, functools.partial):
-        is_runners = isinstance(getattr(previous.func, "__self__", None), asyncio.Runner)
+    if isinstance(previous, functools.partial) and isinstance(getattr(previous.func, "__self__", None), asyncio.Runner):
         for task in previous.keywords.values():
-            if is_runners and isinstance(task, asyncio.Task) and task.done():
+            if isinstance(task, asyncio.Task) and task.done():
                 return signal.default_int_handler
     return previous
 

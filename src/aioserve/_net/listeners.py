@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 from aioserve import _limits
@@ -60,9 +60,8 @@ class Listener:
         """The path of a Unix socket, or its abstract name as bytes."""
         name = sock.getsockname()
         if isinstance(name, tuple):
-            self.host, self.port, *rest = name
-            if rest and rest[1]:
-                self.host = f"{self.host}%{_interface_name(rest[1])}"
+            self.host, _ = socket.getnameinfo(name, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+            self.port = name[1]
         else:  # absolute, since the program may change its working directory
             self.path = os.path.join(os.getcwd(), name) if isinstance(name, str) else name
 
@@ -160,13 +159,6 @@ async def listen_on_systemd_sockets(name: str | None, fallback: Listen | None, b
     )
 
 
-def _interface_name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return str(index)  # the interface is gone
-
-
 def check_socket(sock: socket.socket, what: str) -> None:
     """Raise a `TypeError` or `ValueError` if a server cannot accept connections on this socket."""
     if sock.fileno() < 0:
@@ -207,59 +199,42 @@ def _duplicate(descriptor: int) -> socket.socket:
         raise
 
 
-class _Address:
-    """An address to bind; it is optional if its host has others, too, so this machine may lack its family."""
-
-    def __init__(self, family: int, sockaddr: tuple[Any, ...], *, optional: bool) -> None:
-        self.family = family
-        self.sockaddr = sockaddr
-        self.optional = optional
+class _Address(NamedTuple):
+    family: int
+    sockaddr: tuple[Any, ...]
+    optional: bool
+    """Whether its host has others, too, so that this machine may lack its family."""
 
 
 def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
     listeners: list[Listener] = []
-    missing: OSError | None = None
     for address in addresses:
         try:
-            listener = Listener(_listen_on_address(address, port, backlog, reuse_port=reuse_port))
+            listeners.append(Listener(_listen_on_address(address, port, backlog, reuse_port=reuse_port)))
+            port = listeners[0].port or port
         except OSError as exc:
-            if address.optional and exc.errno in _MISSING_FAMILY:
-                missing = exc
-                continue
-            for each in listeners:
-                each.close()
-            raise
-        listeners.append(listener)
-        port = listener.port or port
-    if not listeners and missing is not None:
+            missing = exc
+            if not address.optional or exc.errno not in _MISSING_FAMILY:
+                for each in listeners:
+                    each.close()
+                raise
+    if not listeners:
         raise missing
     return listeners
 
 
 def _listen_on_address(address: _Address, port: int, backlog: int, *, reuse_port: bool) -> socket.socket:
     host, _, *rest = address.sockaddr
-    sock = None
+    family = address.family
     try:
-        # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on
-        # kept-alive connections take 40 ms.
-        sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        sock.setblocking(False)
-        if os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if address.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port, *rest))
-        sock.listen(backlog)
+        sock = socket.create_server((host, port, *rest), family=family, backlog=backlog, reuse_port=reuse_port)
     except OSError as exc:
-        if sock is not None:
-            sock.close()
-        bracketed = f"[{host}]" if address.family == socket.AF_INET6 else host
-        reason = f"{exc.strerror}"
+        bracketed = f"[{host}]" if family == socket.AF_INET6 else host
+        reason = os.strerror(exc.errno or 0)
         if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
             reason += "; a link-local address requires its interface, as in fe80::1%eth0"
         raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
+    sock.setblocking(False)
     return sock
 
 
@@ -280,7 +255,7 @@ async def _resolve(host: str | None) -> list[_Address]:
     executor = ThreadPoolExecutor(1, thread_name_prefix="aioserve-resolve")
     answer = asyncio.get_running_loop().run_in_executor(executor, _getaddrinfo, host, socket.AI_PASSIVE)
     try:
-        return [_Address(family, sockaddr, optional=True) for family, sockaddr in await answer]
+        return [_Address(*found, optional=True) for found in await answer]
     except OSError as exc:
         raise socket.gaierror(exc.errno, f"cannot resolve host {host!r}: {exc.strerror}") from exc
     except UnicodeError as exc:  # the "idna" codec rejects the name
@@ -291,8 +266,7 @@ async def _resolve(host: str | None) -> list[_Address]:
 
 def _parse(host: str, *, optional: bool = False) -> list[_Address]:
     getaddrinfo = _getaddrinfo if "%" in host else _getaddrinfo_cached  # the index of an interface can change
-    found = getaddrinfo(host, _NUMERIC)
-    return [_Address(family, sockaddr, optional=optional) for family, sockaddr in found]
+    return [_Address(*found, optional=optional) for found in getaddrinfo(host, _NUMERIC)]
 
 
 def _getaddrinfo(host: str, flags: int) -> list[tuple[int, tuple[Any, ...]]]:

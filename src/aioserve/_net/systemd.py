@@ -32,20 +32,18 @@ def listen_fds(name: str | None = None) -> Sequence[int]:
 
 def names() -> list[str]:
     """Return the names of the sockets that systemd has passed, if it has named them."""
-    return os.environ.get("LISTEN_FDNAMES", "").split(":") if "LISTEN_FDNAMES" in os.environ else []
+    return os.environ["LISTEN_FDNAMES"].split(":") if "LISTEN_FDNAMES" in os.environ else []
 
 
 def notify(state: str) -> None:
     """Send a state like "READY=1" to systemd, if NOTIFY_SOCKET is set."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    if address.startswith("@"):  # the abstract namespace
-        address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
-            sock.sendto(state.encode(), address)
+            # A name that begins with @ is in the abstract namespace.
+            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
     except OSError as exc:
-        where = os.environ["NOTIFY_SOCKET"]
-        logger.warning("cannot send %s to systemd at %s: %s", state, where, exc.strerror or exc)
+        logger.warning("cannot send %s to systemd at %s: %s", state, address, exc.strerror or exc)

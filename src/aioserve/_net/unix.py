@@ -10,7 +10,6 @@ looks stale, too. So that no server replaces it at that moment, servers lock the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import logging
@@ -18,7 +17,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import NamedTuple
 
 from aioserve import _limits
@@ -53,12 +52,11 @@ class SocketFile(NamedTuple):
 
     def remove(self) -> None:
         """Remove the file, unless another file has replaced it."""
-        if not self.exists():
-            return
-        try:
-            os.unlink(self.path)
-        except OSError as exc:
-            logger.warning("cannot remove the socket %s: %s", self.path, exc.strerror)
+        if self.exists():
+            try:
+                os.unlink(self.path)
+            except OSError as exc:
+                logger.warning("cannot remove the socket %s: %s", self.path, exc.strerror)
 
 
 async def listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFile]:
@@ -75,7 +73,7 @@ def _listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFi
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         undo.callback(sock.close)
         sock.setblocking(False)
-        with contextlib.suppress(OSError):  # on Linux, the file then has this mode from the start
+        with suppress(OSError):  # on Linux, the file then has this mode from the start
             os.fchmod(sock.fileno(), mode)
         if not _try_bind(sock, path):
             _remove_stale(path)
@@ -138,7 +136,7 @@ def _try_bind(sock: socket.socket, path: str) -> bool:
 
 def _remove_stale(path: str) -> None:
     """Remove a stale socket, or raise if the file is anything else."""
-    with contextlib.suppress(FileNotFoundError):  # another process has removed it
+    with suppress(FileNotFoundError):  # another process has removed it
         file = SocketFile.at(path)
         if _is_in_use(path):
             raise OSError(errno.EADDRINUSE, "another server is listening there")
@@ -149,14 +147,8 @@ def _remove_stale(path: str) -> None:
 def _is_in_use(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except BlockingIOError:
-            return True  # its queue is full
-        except OSError as exc:
-            if exc.errno == errno.EPROTOTYPE:
-                return True  # a socket of another type, such as datagrams
-            raise
-    return True
+        code = probe.connect_ex(path)
+    # It is in use, too, if its queue is full, or if it is of another type, such as datagrams.
+    if code not in (0, errno.ECONNREFUSED, errno.EAGAIN, errno.EINPROGRESS, errno.EPROTOTYPE):
+        raise OSError(code, os.strerror(code))
+    return code != errno.ECONNREFUSED
