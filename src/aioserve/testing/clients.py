@@ -7,23 +7,20 @@ from __future__ import annotations
 import functools
 import inspect
 import ssl
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from aioserve._options import Options
+from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve.testing.servers import server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
-
     import httpx
     import trustme
-
-    from aioserve._options import App
 
 
 @asynccontextmanager

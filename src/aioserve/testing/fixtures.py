@@ -8,22 +8,17 @@ import asyncio
 import functools
 import threading
 from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
 
-from anyio.from_thread import start_blocking_portal
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve.testing.clients import make_client
-from aioserve.testing.servers import start_checked
+from aioserve.testing.servers import CheckedServer, start_checked
 
 if TYPE_CHECKING:
-    from typing import Self, Unpack
-
     import httpx
-    from anyio.from_thread import BlockingPortal
-
-    from aioserve._options import App, Options
-    from aioserve.testing.servers import CheckedServer
 
 
 class ServerFactory(Protocol):

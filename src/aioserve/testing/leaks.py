@@ -5,7 +5,6 @@ Checks that a block leaves nothing behind, by two snapshots of the process and i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -16,12 +15,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
 
 from aioserve import _limits
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # The threads in which a loop runs synchronous functions: anyio's, and those of its default executor.
 POOLS = ("AnyIO worker thread", "asyncio_", "uvloop_")
@@ -75,7 +73,13 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
         _fail_if_any(_differences(self._before, take_snapshot()))
 
     async def __aenter__(self) -> None:
-        self._before = take_snapshot(_running_loop())
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "async with assert_nothing_left() requires a running asyncio event loop; without one, use a plain with"
+            ) from None
+        self._before = take_snapshot(loop)
 
     async def __aexit__(self, exc_type: object, exc: object, tb: object) -> None:
         __tracebackhide__ = True
@@ -84,7 +88,7 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
         for _ in range(_limits.LEAK_TURNS):
             await asyncio.sleep(0)
         gc.collect()
-        now = take_snapshot(_running_loop())
+        now = take_snapshot(asyncio.get_running_loop())
         if not self._thread_pools:
             now = now._replace(threads={thread for thread in now.threads if not thread.name.startswith(POOLS)})
         _fail_if_any(_differences(self._before, now))
@@ -120,14 +124,18 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
     timers = []
     if loop is not None:
         # The current task may be another one in the second snapshot, and anyio's plugin runs fixtures in its own tasks.
-        current = asyncio.current_task(loop)
-        tasks = {each for each in asyncio.all_tasks(loop) if each is not current and not _is_anyios(each)}
+        tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
+        tasks = {each for each in tasks if not getattr(each.get_coro(), "__qualname__", "").startswith("TestRunner.")}
         timers = [(timer, timer._callback) for timer in getattr(loop, "_scheduled", ()) if not timer.cancelled()]
     return Snapshot(
         threads=set(threading.enumerate()),
         descriptors=open_descriptors(),
         signal_handlers={int(each): _handler(each) for each in signal.valid_signals()},
-        loggers=_loggers(),
+        loggers={
+            name: _settings(logger)
+            for name, logger in {"root": logging.root, **logging.root.manager.loggerDict}.items()
+            if isinstance(logger, logging.Logger)
+        },
         warning_filters=list(warnings.filters),
         tasks=tasks,
         timers=timers,
@@ -135,17 +143,14 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
     )
 
 
-def _is_anyios(task: asyncio.Task[object]) -> bool:
-    return getattr(task.get_coro(), "__qualname__", "").startswith("TestRunner.")
-
-
 def open_descriptors() -> dict[int, str]:
     """Return the open descriptors with a description of each, without the null device, which uvloop keeps open."""
     found = {}
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # the one that was used to list the directory
-            found[int(name)] = _describe(int(name))
-    return {number: what for number, what in found.items() if what != os.devnull}
+    for number in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # the one that was used to list the directory
+            if (what := _describe(number)) != os.devnull:
+                found[number] = what
+    return found
 
 
 def _describe(descriptor: int) -> str:
@@ -168,11 +173,6 @@ def _handler(number: int) -> object:
     if getattr(getattr(handler, "func", None), "__qualname__", "") == "Runner._on_sigint":
         return "asyncio.Runner's"
     return handler
-
-
-def _loggers() -> dict[str, _Logger]:
-    loggers = {"root": logging.root, **logging.root.manager.loggerDict}
-    return {name: _settings(logger) for name, logger in loggers.items() if isinstance(logger, logging.Logger)}
 
 
 def _settings(logger: logging.Logger) -> _Logger:
@@ -224,12 +224,3 @@ def _fail_if_any(differences: Iterator[str]) -> None:
     lines = "\n".join(f"- {each}" for each in differences)
     if lines:
         raise AssertionError(f"this was left behind:\n{lines}")
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise RuntimeError(
-            "async with assert_nothing_left() requires a running asyncio event loop; without one, use a plain with"
-        ) from None

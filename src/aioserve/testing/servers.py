@@ -5,21 +5,17 @@ Servers for tests: a test fails if its server had to use force to stop.
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Unpack
 
 import uvicorn
 from anyio.from_thread import start_blocking_portal
 
+from aioserve._options import App, Options
+from aioserve._server import Server
 from aioserve._serving import start
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from types import TracebackType
-    from typing import Unpack
-
-    from aioserve._options import App, Options
-    from aioserve._server import Server
 
 SHUTDOWN_TIMEOUT = 1.0
 
@@ -82,21 +78,21 @@ class CheckedServer:
         __tracebackhide__ = True
         if self.server._awaited:
             return
+        raised = exc
         try:
             await self.server.__aexit__(exc_type, exc, tb)
         except BaseException as failure:
             failure.add_note(f"aioserve: this happened to {self.server.url}")
-            if forced := self._forced():
-                failure.add_note(f"aioserve: {forced}")
+            raised = failure
             raise
-        if not (forced := self._forced()):
-            return
-        if exc is None:
-            raise AssertionError(
-                f"{forced}. End in the test what it started, find out why the handler does not end, or give the server "
-                "a longer shutdown_timeout"
-            )
-        exc.add_note(f"aioserve: {forced}")
+        finally:
+            if forced := self._forced():
+                if raised is None:
+                    raise AssertionError(
+                        f"{forced}. End in the test what it started, find out why the handler does not end, or give "
+                        "the server a longer shutdown_timeout"
+                    )
+                raised.add_note(f"aioserve: {forced}")
 
     def _forced(self) -> str | None:
         report = self.server.report
