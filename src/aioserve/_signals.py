@@ -23,7 +23,6 @@ from typing import Any, TypeAlias
 from weakref import WeakSet
 
 Previous: TypeAlias = Callable[[int, Any], Any] | int | signal.Handlers
-Action: TypeAlias = Callable[[], object]
 
 
 class Interrupted(BaseException):
@@ -42,7 +41,7 @@ class Signals:
         self._wanted = wanted
         self._loop: asyncio.AbstractEventLoop
         self._pid: int
-        self._action: Action | None = None
+        self._action: Callable[[], object] | None = None
         self._interrupting = False
         self._handlers: list[_Handler] = []
 
@@ -64,7 +63,7 @@ class Signals:
             self.release()
             raise
 
-    def on_signal(self, action: Action | None) -> None:
+    def on_signal(self, action: Callable[[], object] | None) -> None:
         """Set what the loop does at each signal from now on."""
         self._action = action
 
@@ -119,11 +118,17 @@ class _Handler:
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         users = [each for handler in _HANDLERS if handler.signum == signum for each in handler.attached()]
-        if not users:
-            _call(self.previous, signum, frame)
         interrupting = [each.record(signum) for each in users]
         if any(interrupting):
             raise Interrupted
+        if users:
+            return
+        if callable(self.previous):
+            self.previous(signum, frame)
+        elif self.previous == signal.SIG_DFL:
+            ours = signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)  # which ends the process, with most signals
+            signal.signal(signum, ours)
 
     def attached(self) -> list[Signals]:
         return [each for each in self.users if not each.is_detached]
@@ -192,12 +197,3 @@ def _still_valid(previous: Previous) -> Previous:
             if isinstance(task, asyncio.Task) and task.done():
                 return signal.default_int_handler
     return previous
-
-
-def _call(handler: Previous, signum: int, frame: FrameType | None) -> None:
-    if callable(handler):
-        handler(signum, frame)
-    elif handler == signal.SIG_DFL:
-        ours = signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)  # which ends the process, with most signals
-        signal.signal(signum, ours)

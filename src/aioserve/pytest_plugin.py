@@ -123,7 +123,14 @@ def _opened(request: pytest.FixtureRequest) -> Opened:
         runner = f"asyncio_{_loop_scope(request)}"
     elif "anyio_backend" in request.fixturenames:
         runner = "anyio"
-        _check_backend(request)
+        backend = request.getfixturevalue("anyio_backend")
+        name = backend if isinstance(backend, str) else backend[0]
+        if name != "asyncio":
+            pytest.fail(
+                f"aioserve runs only on asyncio, and this test runs on {name}; define a fixture anyio_backend that "
+                'returns "asyncio"',
+                pytrace=False,
+            )
     elif asyncio_plugin and request.scope != "function":
         runner = f"asyncio_{_loop_scope(request)}"
     else:
@@ -154,14 +161,3 @@ def _loop_scope(request: pytest.FixtureRequest) -> str:
     marker = request.node.get_closest_marker("asyncio")
     asked: str | None = marker.kwargs.get("loop_scope") if marker is not None else None
     return max(asked or request.config.getini("asyncio_default_test_loop_scope"), request.scope, key=SCOPES.index)
-
-
-def _check_backend(request: pytest.FixtureRequest) -> None:
-    backend = request.getfixturevalue("anyio_backend")
-    name = backend if isinstance(backend, str) else backend[0]
-    if name != "asyncio":
-        pytest.fail(
-            f"aioserve runs only on asyncio, and this test runs on {name}; define a fixture anyio_backend that returns "
-            '"asyncio"',
-            pytrace=False,
-        )

@@ -104,23 +104,20 @@ async def _locked(directory: str) -> AsyncIterator[None]:
     try:
         time = asyncio.get_running_loop().time
         deadline = time() + _limits.FILE_LOCK_TIMEOUT
-        while not _lock(descriptor):
-            if time() > deadline:
-                raise OSError(errno.EAGAIN, "another program holds a lock on its directory")
-            await asyncio.sleep(_limits.FILE_LOCK_RETRY)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time() > deadline:
+                    raise OSError(errno.EAGAIN, "another program holds a lock on its directory") from None
+                await asyncio.sleep(_limits.FILE_LOCK_RETRY)
+            except OSError:
+                break  # a file system without locks
+            else:
+                break
         yield
     finally:
         os.close(descriptor)  # which unlocks it
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
 
 
 def _try_bind(sock: socket.socket, path: str) -> bool:

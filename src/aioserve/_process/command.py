@@ -164,16 +164,6 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     sys.path.insert(0, os.path.abspath(given.pop("app_dir")))
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in given.items() if ctx.get_parameter_source(name) is not default}
-    try:
-        settings = parse(app, _as_options(given))
-    except Exception as exc:  # (a logging configuration can raise anything)
-        raise click.UsageError(str(exc)) from exc
-
-    settings = settings._replace(started_hint=" (Press CTRL+C to quit)")
-    return run(settings, partial(report_event, ready_fd=ready_fd), loop=loop)
-
-
-def _as_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {"stop_on_signals": True, "log_config": log_config(given.get("log_level", "info")), **given}
     if "headers" in options:
         for header in options["headers"]:
@@ -182,9 +172,15 @@ def _as_options(given: dict[str, Any]) -> dict[str, Any]:
         options["headers"] = [tuple(header.split(":", 1)) for header in options["headers"]]
     if "systemd_name" in options:
         options["systemd"] = options.pop("systemd_name")
-    if not any(name in options for name in ("uds", "fd", "systemd")):
+    if options.keys().isdisjoint(("uds", "fd", "systemd")):
         options.setdefault("port", 8000)
-    return options
+    try:
+        settings = parse(app, options)
+    except Exception as exc:  # (a logging configuration can raise anything)
+        raise click.UsageError(str(exc)) from exc
+
+    settings = settings._replace(started_hint=" (Press CTRL+C to quit)")
+    return run(settings, partial(report_event, ready_fd=ready_fd), loop=loop)
 
 
 def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
@@ -212,21 +208,15 @@ def print_line(line: str) -> None:
         click.echo("aioserve: " + line.replace("\n", " "), err=True)
 
 
-def open_missing_descriptors() -> None:
-    """
-    Open the null device for standard descriptors that are closed, so that nothing else gets their numbers.
-
-    Otherwise libuv, which uvloop is built on, aborts the process when it closes one of them.
-    """
+def main() -> NoReturn:
+    # Standard descriptors that are closed become the null device, so that nothing else gets their numbers. Otherwise
+    # libuv, which uvloop is built on, aborts the process when it closes one of them.
     for standard in range(3):
         try:
             os.fstat(standard)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # this takes the lowest number that is free
 
-
-def main() -> NoReturn:
-    open_missing_descriptors()
     try:
         code = command.main(standalone_mode=False)
     except click.ClickException as exc:

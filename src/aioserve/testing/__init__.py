@@ -40,20 +40,15 @@ __all__ = [
     "tls",
 ]
 
-_NAMES = {
-    "clients": ("TLS", "client", "tls"),
-    "fixtures": ("ClientFactory", "LiveServerFactory", "ServerFactory"),
-    "leaks": ("assert_nothing_left",),
-    "servers": ("live_server", "server"),
-}
-
 
 if not TYPE_CHECKING:  # or a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        for module, names in _NAMES.items():
-            if name in names:
-                value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+        for module in (
+            ("leaks", "servers", "clients", "fixtures") if name in __all__ else ()
+        ):  # what imports least, first
+            if hasattr(found := import_module(f"{__name__}.{module}"), name):
+                value = globals()[name] = getattr(found, name)
                 return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

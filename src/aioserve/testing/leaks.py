@@ -94,23 +94,13 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
         _fail_if_any(_differences(self._before, now))
 
 
-class _Logger(NamedTuple):
-    """The settings of a logger; the defaults are those of a new logger."""
-
-    level: int = logging.NOTSET
-    propagate: bool = True
-    disabled: bool = False
-    handlers: tuple[logging.Handler, ...] = ()
-    filters: tuple[object, ...] = ()
-
-
 class Snapshot(NamedTuple):
     """What is compared; the last three are of the loop."""
 
     threads: set[threading.Thread]
     descriptors: dict[int, str]
     signal_handlers: dict[int, object]
-    loggers: dict[str, _Logger]
+    loggers: dict[str, dict[str, object]]
     warning_filters: list[object]
     tasks: set[asyncio.Task[object]]
     timers: list[tuple[asyncio.TimerHandle, object]]
@@ -175,14 +165,15 @@ def _handler(number: int) -> object:
     return handler
 
 
-def _settings(logger: logging.Logger) -> _Logger:
+def _settings(logger: logging.Logger) -> dict[str, object]:
     # pytest adds and removes handlers of its own, and null handlers do nothing.
     handlers = [
         handler
         for handler in logger.handlers
         if not type(handler).__module__.startswith("_pytest") and not isinstance(handler, logging.NullHandler)
     ]
-    return _Logger(logger.level, logger.propagate, logger.disabled, tuple(handlers), tuple(logger.filters))
+    settings = {name: getattr(logger, name) for name in ("level", "propagate", "disabled")}
+    return {**settings, "handlers": tuple(handlers), "filters": tuple(logger.filters)}
 
 
 def _differences(before: Snapshot, now: Snapshot) -> Iterator[str]:
@@ -211,9 +202,10 @@ def _differences(before: Snapshot, now: Snapshot) -> Iterator[str]:
         if (was := before.signal_handlers[number]) != handler:
             yield f"a handler of signal {number}, {signal.strsignal(number)}: {handler!r}; it was {was!r}"
     for name, logger in now.loggers.items():
-        for field, is_now, was in zip(_Logger._fields, logger, before.loggers.get(name, _Logger()), strict=True):
-            if is_now != was:
-                yield f"{field} of the logger {name!r}: {is_now!r}; it was {was!r}"
+        known_logger = before.loggers.get(name) or _settings(logging.Logger(name))
+        for field, value in logger.items():
+            if value != known_logger[field]:
+                yield f"{field} of the logger {name!r}: {value!r}; it was {known_logger[field]!r}"
     if now.warning_filters != before.warning_filters:
         new = [each for each in now.warning_filters if each not in before.warning_filters]
         yield f"warning filters: {new or 'some are missing, or in another order'}"
