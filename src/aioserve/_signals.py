@@ -58,7 +58,14 @@ class Signals:
             _check_available(signum, self._loop)
         try:
             for signum in self._wanted:
-                self._handlers.append(_install(signum, self))
+                handler = signal.getsignal(signum)
+                if not isinstance(handler, _Handler):
+                    assert handler is not None  # as _check_available() has found
+                    handler = _Handler(signum, handler)
+                    signal.signal(signum, handler)
+                    _HANDLERS.add(handler)
+                handler.users.add(self)
+                self._handlers.append(handler)
         except BaseException:
             self.release()
             raise
@@ -87,8 +94,10 @@ class Signals:
         for handler in handlers:
             handler.users.discard(self)
         if threading.current_thread() is threading.main_thread():  # otherwise it is collected as garbage, in any thread
-            for handler in handlers:
-                _restore(handler.signum)
+            for signum in [each.signum for each in handlers]:
+                current = signal.getsignal(signum)
+                if isinstance(current, _Handler) and not current.attached():
+                    signal.signal(signum, _still_valid(current.previous))
 
     @property
     def is_detached(self) -> bool:
@@ -166,24 +175,6 @@ def _check_available(signum: int, loop: asyncio.AbstractEventLoop) -> None:
             f"stop_on_signals: your event loop already handles {signal_name(signum)} (add_signal_handler()); "
             "call close() in your own handler"
         )
-
-
-def _install(signum: int, user: Signals) -> _Handler:
-    handler = signal.getsignal(signum)
-    if not isinstance(handler, _Handler):
-        assert handler is not None
-        handler = _Handler(signum, handler)
-        signal.signal(signum, handler)
-        _HANDLERS.add(handler)
-    handler.users.add(user)
-    return handler
-
-
-def _restore(signum: int) -> None:
-    """Replace the installed handler by its previous one, if it is ours and no server needs it."""
-    current = signal.getsignal(signum)
-    if isinstance(current, _Handler) and not current.attached():
-        signal.signal(signum, _still_valid(current.previous))
 
 
 def _still_valid(previous: Previous) -> Previous:

@@ -119,7 +119,8 @@ def _for_pytest_asyncio() -> ModuleType:
 def _opened(request: pytest.FixtureRequest) -> Opened:
     """Return the private fixture of the plugin that runs the test's loop."""
     asyncio_plugin = _uses_pytest_asyncio(request.config)
-    if asyncio_plugin and _is_run_by_pytest_asyncio(request):
+    is_test = isinstance(request.node, pytest.Item)  # a fixture of a wider scope does not know its tests
+    if asyncio_plugin and is_test and sys.modules["pytest_asyncio"].is_async_test(request.node):
         runner = f"asyncio_{_loop_scope(request)}"
     elif "anyio_backend" in request.fixturenames:
         runner = "anyio"
@@ -147,13 +148,6 @@ def _opened(request: pytest.FixtureRequest) -> Opened:
 def _uses_pytest_asyncio(config: pytest.Config) -> bool:
     plugin = sys.modules.get("pytest_asyncio.plugin")
     return plugin is not None and config.pluginmanager.is_registered(plugin)
-
-
-def _is_run_by_pytest_asyncio(request: pytest.FixtureRequest) -> bool:
-    """Return whether pytest-asyncio runs the test; a fixture of a wider scope does not know its tests."""
-    import pytest_asyncio
-
-    return isinstance(request.node, pytest.Item) and pytest_asyncio.is_async_test(request.node)
 
 
 def _loop_scope(request: pytest.FixtureRequest) -> str:

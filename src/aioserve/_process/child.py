@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from aioserve._net.listeners import Listener
 from aioserve._process import messages, program
@@ -33,18 +34,16 @@ def run(app: str, descriptors: str) -> int:
         os.set_inheritable(fd, False)
     sys.path[:] = handover.path
     signals = Signals((signal.SIGINT, signal.SIGTERM))
-    link = ParentLink(signals, lifeline, handover)
-    link.start()
+    ended = threading.Event()
+    watching = (lifeline, handover, signals, ended)
+    threading.Thread(target=_watch_parent, args=watching, name="aioserve lifeline", daemon=True).start()
 
     def send(event: messages.Event) -> None:
         if event["event"] != "ready":
-            link.server_ended()
-        line = memoryview(json.dumps(event).encode() + b"\n")
-        try:
-            while line:
-                line = line[os.write(events, line) :]
-        except BrokenPipeError:
-            pass  # the parent has died, and the lifeline has ended, too
+            ended.set()
+        # The pipe is broken if the parent has died, but then the lifeline has ended, too.
+        with suppress(BrokenPipeError), open(events, "wb", closefd=False) as pipe:
+            pipe.write(json.dumps(event).encode() + b"\n")
 
     options = {"log_level": "warning", "stop_on_signals": True, **handover.options}
     options.setdefault("log_config", log_config(options["log_level"]))
@@ -57,42 +56,28 @@ def run(app: str, descriptors: str) -> int:
     return program.run(settings, send, listeners=listeners, signals=signals)
 
 
-class ParentLink:
-    """Watches the lifeline in a thread, and sends the main thread signals when the parent forces a stop, or dies."""
+def _watch_parent(lifeline: int, handover: messages.Handover, signals: Signals, ended: threading.Event) -> None:
+    """Send the main thread a signal when the parent forces a stop, or dies."""
 
-    def __init__(self, signals: Signals, lifeline: int, handover: messages.Handover) -> None:
-        self._signals = signals
-        self._lifeline = lifeline
-        self._handover = handover
-        self._ended = False
-
-    def start(self) -> None:
-        threading.Thread(target=self._watch, name="aioserve lifeline", daemon=True).start()
-
-    def server_ended(self) -> None:
-        """Send no more signals, so that they do not disturb the interpreter's exit."""
-        self._ended = True
-
-    def _watch(self) -> None:
-        # The main thread is to get the signals; one that this thread got would not wake it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        poll = select.poll()
-        poll.register(self._lifeline, select.POLLIN)
-        # A fork of the parent may keep the lifeline open after the parent's death.
-        try:
-            poll.register(os.pidfd_open(self._handover.parent), select.POLLIN)
-        except (AttributeError, OSError):
-            pass  # this system has no pidfds, or the parent has died already, which the lifeline tells as well
-        while os.getppid() == self._handover.parent and [self._lifeline] == [fd for fd, _ in poll.poll()]:
-            if not os.read(self._lifeline, 1):
-                break
-            self._send(signal.SIGINT)  # the second signal, after the parent's SIGTERM
-        if not self._signals.count:  # a second one would force
-            self._send(signal.SIGTERM)
-        time.sleep(self._handover.stop_timeout)
-        os._exit(program.FORCED)
-
-    def _send(self, signum: int) -> None:
+    def send(signum: int) -> None:
         ident = threading.main_thread().ident
-        if not self._ended and ident is not None:
+        if not ended.is_set() and ident is not None:  # so that the interpreter's exit is not disturbed
             signal.pthread_kill(ident, signum)
+
+    # The main thread is to get the signals; one that this thread got would not wake it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    # A fork of the parent may keep the lifeline open after the parent's death.
+    try:
+        poll.register(os.pidfd_open(handover.parent), select.POLLIN)
+    except (AttributeError, OSError):
+        pass  # this system has no pidfds, or the parent has died already, which the lifeline tells as well
+    while os.getppid() == handover.parent and [lifeline] == [fd for fd, _ in poll.poll()]:
+        if not os.read(lifeline, 1):
+            break
+        send(signal.SIGINT)  # the second signal, after the parent's SIGTERM
+    if not signals.count:  # a second one would force
+        send(signal.SIGTERM)
+    time.sleep(handover.stop_timeout)
+    os._exit(program.FORCED)

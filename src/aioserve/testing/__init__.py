@@ -44,12 +44,11 @@ __all__ = [
 if not TYPE_CHECKING:  # or a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        for module in (
-            ("leaks", "servers", "clients", "fixtures") if name in __all__ else ()
-        ):  # what imports least, first
-            if hasattr(found := import_module(f"{__name__}.{module}"), name):
-                value = globals()[name] = getattr(found, name)
-                return value
+        if name in __all__:
+            for module in ("leaks", "servers", "clients", "fixtures"):  # what imports least, first
+                if hasattr(found := import_module(f"{__name__}.{module}"), name):
+                    value = globals()[name] = getattr(found, name)
+                    return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
