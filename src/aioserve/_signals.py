@@ -33,11 +33,8 @@ class Signals:
     """The stop signals of one server, from `install()` to `release()`; with no signals, neither changes anything."""
 
     def __init__(self, wanted: Sequence[int] = ()) -> None:
-        self.first: str | None = None
-        """The name of the first signal that came."""
-        self.count: int = 0
-        """How many signals have come."""
-
+        self.first: str | None = None  # the name of the first signal that came
+        self.count: int = 0  # how many signals have come
         self._wanted = wanted
         self._loop: asyncio.AbstractEventLoop
         self._pid: int
@@ -46,13 +43,7 @@ class Signals:
         self._handlers: list[_Handler] = []
 
     def install(self) -> None:
-        """
-        Handle the signals from now on, in the running loop.
-
-        Raises:
-            RuntimeError: A signal cannot be handled in this thread, or has a handler that cannot be restored. Then none
-                is handled.
-        """
+        """Handle the signals from now on, in the running loop: all of them, or none and raise a `RuntimeError`."""
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         for signum in self._wanted:
             _check_available(signum, self._loop)

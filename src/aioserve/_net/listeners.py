@@ -29,7 +29,6 @@ Host: TypeAlias = str | Sequence[str] | None
 _MISSING_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
-
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
 
 _HINTS = {
@@ -91,9 +90,7 @@ Listen: TypeAlias = Callable[[int], Awaitable[list[Listener]]]
 
 
 async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
-    """
-    Listen on all addresses of these hosts; `None` is every interface, and port 0 is one free port for all of them.
-    """
+    """Listen on all addresses of the hosts (`None`: every interface); port 0 is one free port for all of them."""
     hosts = [host] if host is None or isinstance(host, str) else host
     unique = {address.sockaddr: address for each in hosts for address in await _resolve(each)}
 
@@ -113,7 +110,6 @@ async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port
 
 
 async def listen_on_path(path: str, mode: int, backlog: int) -> list[Listener]:
-    """Listen on a new Unix socket, whose file has this mode."""
     from aioserve._net import unix  # only where it is needed
 
     sock, file = await unix.listen(path, mode, backlog)
@@ -133,19 +129,14 @@ async def listen_on_sockets(sockets: Sequence[socket.socket], backlog: int) -> l
 
 
 async def listen_on_descriptors(descriptors: Sequence[int], backlog: int) -> list[Listener]:
-    """Do the same with descriptors."""
     return _listen_on_duplicates(((f"descriptor {each}", partial(_duplicate, each)) for each in descriptors), backlog)
 
 
 async def listen_on_systemd_sockets(name: str | None, fallback: Listen | None, backlog: int) -> list[Listener]:
-    """
-    Listen on the sockets that systemd has passed to this process, with one `FileDescriptorName` or any; if there are
-    none, on the fallback.
-    """
+    """Listen on systemd's sockets, with one `FileDescriptorName` or any; if there are none, on the fallback."""
     from aioserve._net import systemd  # only where it is needed
 
-    descriptors = systemd.listen_fds(name)
-    if descriptors:
+    if descriptors := systemd.listen_fds(name):
         return await listen_on_descriptors(descriptors, backlog)
     if fallback is not None:
         return await fallback(backlog)
@@ -202,8 +193,7 @@ def _duplicate(descriptor: int) -> socket.socket:
 class _Address(NamedTuple):
     family: int
     sockaddr: tuple[Any, ...]
-    optional: bool
-    """Whether its host has others, too, so that this machine may lack its family."""
+    optional: bool  # whether its host has others, too, so that this machine may lack its family
 
 
 def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:

@@ -15,11 +15,7 @@ _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
 
 def listen_fds(name: str | None = None) -> Sequence[int]:
-    """
-    Return the descriptors that systemd has passed to this process: all of them, or those with this name.
-
-    It changes neither them nor the environment, so a server can be started on them again.
-    """
+    """Return the descriptors that systemd has passed to this process, or those with this name; change nothing."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []  # they are for another process, whose environment this one has inherited
     count = os.environ.get("LISTEN_FDS", "")
@@ -31,7 +27,6 @@ def listen_fds(name: str | None = None) -> Sequence[int]:
 
 
 def names() -> list[str]:
-    """Return the names of the sockets that systemd has passed, if it has named them."""
     return os.environ["LISTEN_FDNAMES"].split(":") if "LISTEN_FDNAMES" in os.environ else []
 
 

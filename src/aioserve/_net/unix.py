@@ -32,8 +32,7 @@ class SocketFile(NamedTuple):
     device: int
     inode: int
     modified: int
-    process: int
-    """The process that created it; a fork of that process does not remove it."""
+    process: int  # that created it; a fork of that process does not remove it
 
     @classmethod
     def at(cls, path: str) -> SocketFile:

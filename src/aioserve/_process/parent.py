@@ -137,14 +137,13 @@ class ChildProcess(ServerTask):
     def start(self) -> None:
         """Start the process, and watch it."""
         budget = self._settings.shutdown_timeout
+        budget = _limits.ORPHAN_SHUTDOWN if budget is None else budget
         handover = messages.Handover(
             options=self._options,
             listeners=[(listener.socket.fileno(), listener.lent) for listener in self.listeners],
             path=[os.path.abspath(each) for each in sys.path],
             parent=os.getpid(),
-            stop_timeout=_limits.longest_stop(
-                self._settings.drain_delay, _limits.ORPHAN_SHUTDOWN if budget is None else budget
-            ),
+            stop_timeout=_limits.longest_stop(self._settings.drain_delay, budget),
         )
         try:
             self.process, self._events, self._lifeline = _spawn(self._app, handover)
@@ -266,8 +265,7 @@ class ChildProcess(ServerTask):
             self._asked_at = now
             self._settings.notify_systemd("STOPPING=1")
             self.process.send_signal(signal.SIGTERM)
-            budget = self._settings.shutdown_timeout
-            if budget is not None:
+            if (budget := self._settings.shutdown_timeout) is not None:
                 longest = _limits.longest_stop(self._settings.drain_delay, budget)
                 self._call_later(longest + _limits.CHILD_EXIT, self._kill)
         if deadline is not None and not self._forced:

@@ -36,10 +36,9 @@ def run(
     signals: Signals | None = None,
 ) -> int:
     """
-    Serve until a signal comes, and return the exit code.
+    Serve until a signal comes, and return the exit code; call `on_event` with "ready" or "failed", then "stopped".
 
-    `on_event` is called with each event: "ready" or "failed", then "stopped". A caller can pass listeners that are open
-    already, and the signals of the settings if it needs to know whether one has come.
+    A caller can pass listeners that are open already, and the signals, if it needs to know whether one has come.
     """
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         return runner.run(_serve(settings, on_event, listeners, signals or Signals(settings.stop_on_signals)))

@@ -42,9 +42,7 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
 
     ``with`` is for synchronous code, such as a block around `asyncio.run()`. The loop first gets some turns to close
     things, and threads get a few seconds to end. Garbage is collected, so that Python's warnings about forgotten
-    resources appear here. What is missing after the block is not a leak.
-
-    If the block raises, nothing is checked.
+    resources appear here. What is missing after the block is not a leak. If the block raises, nothing is checked.
 
     Args:
         thread_pools: Whether to include the threads that a running loop keeps for synchronous functions, such as a
@@ -103,8 +101,7 @@ class Snapshot(NamedTuple):
     loggers: dict[str, dict[str, object]]
     warning_filters: list[object]
     tasks: set[asyncio.Task[object]]
-    timers: list[tuple[asyncio.TimerHandle, object]]
-    """Each with its callback, which it drops when it is cancelled."""
+    timers: list[tuple[asyncio.TimerHandle, object]]  # each with its callback, which it drops when it is cancelled
     exception_handler: object
 
 
