@@ -10,9 +10,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import uvicorn
+
+from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
+from aioserve._net.listeners import Listener
 from aioserve._net.transports import unread_bytes
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
@@ -22,13 +26,7 @@ from aioserve._uvicorn.disconnect import disconnect
 from aioserve._uvicorn.logs import silence_expected_errors
 from aioserve._uvicorn.protocols import ConnectionState
 from aioserve._uvicorn.state import LimitedState, TrackedState
-
-if TYPE_CHECKING:
-    import uvicorn
-
-    from aioserve._lifespan import Lifespan
-    from aioserve._net.listeners import Listener
-    from aioserve._waiting import Condition
+from aioserve._waiting import Condition
 
 
 class Connections:

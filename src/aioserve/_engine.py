@@ -18,20 +18,18 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioserve import _limits
 from aioserve._connections import Connections
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
 from aioserve._lifespan import Lifespan
+from aioserve._net.listeners import Listener
+from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
 from aioserve._uvicorn.logs import logger as uvicorn_logger
 from aioserve._uvicorn.protocols import scope_of
 from aioserve._waiting import Condition, ServerTask, start_task
-
-if TYPE_CHECKING:
-    from aioserve._net.listeners import Listener
-    from aioserve._settings import Settings
 
 logger = logging.getLogger("aioserve")
 

@@ -6,33 +6,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from aioserve import _limits
-from aioserve._report import Report
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Protocol
-
-    from aioserve._report import UnfinishedHandler
-    from aioserve._waiting import Condition
-
-    class Handler(Protocol):
-        def done(self) -> bool: ...
-
-    class Work(Protocol):
-        """What has to be finished: the handlers of an app, and their connections."""
-
-        def is_finished(self) -> bool: ...
-        def has_handlers(self) -> bool: ...
-        def unfinished(self) -> Sequence[tuple[Handler, UnfinishedHandler]]: ...
-        def disconnect_handlers(self) -> None: ...
-        def cancel_handlers(self) -> None: ...
-        def abort_connections(self) -> int: ...
-
+from aioserve._report import Report, UnfinishedHandler
+from aioserve._waiting import Condition
 
 logger = logging.getLogger("aioserve")
+
+
+class Handler(Protocol):
+    def done(self) -> bool: ...
+
+
+class Work(Protocol):
+    """What has to be finished: the handlers of an app, and their connections."""
+
+    def is_finished(self) -> bool: ...
+    def has_handlers(self) -> bool: ...
+    def unfinished(self) -> Sequence[tuple[Handler, UnfinishedHandler]]: ...
+    def disconnect_handlers(self) -> None: ...
+    def cancel_handlers(self) -> None: ...
+    def abort_connections(self) -> int: ...
 
 
 async def finish(

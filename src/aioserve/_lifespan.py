@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
+from aioserve._types import ASGIApp, Message, Scope
 from aioserve._waiting import Condition, start_task
-
-if TYPE_CHECKING:
-    from aioserve._types import ASGIApp, Message, Scope
 
 logger = logging.getLogger("aioserve")
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioserve._errors import ShutdownError, StartupError
 from aioserve._finish import finish
 from aioserve._lifespan import Lifespan
 from aioserve._report import UnfinishedHandler, unfinished_handler
+from aioserve._types import ASGIApp, Message, Receive, Scope, Send
 from aioserve._waiting import Condition
-
-if TYPE_CHECKING:
-    from aioserve._types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("aioserve")
 

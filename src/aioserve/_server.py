@@ -7,24 +7,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+import socket
+from types import TracebackType
+from typing import Any, Self
 
 import anyio
+import uvicorn
 
+from aioserve._engine import Engine
 from aioserve._limits import check_timeout
-from aioserve._report import Stats
-from aioserve._waiting import outlast
-
-if TYPE_CHECKING:
-    import socket
-    from types import TracebackType
-    from typing import Self
-
-    import uvicorn
-
-    from aioserve._engine import Engine
-    from aioserve._report import Report
-    from aioserve._waiting import ServerTask
+from aioserve._report import Report, Stats
+from aioserve._waiting import ServerTask, outlast
 
 logger = logging.getLogger("aioserve")
 

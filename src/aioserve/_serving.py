@@ -25,26 +25,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
 
 from aioserve._engine import Engine
 from aioserve._errors import StartupError, StartupInterruptedError
+from aioserve._net.listeners import Listener
+from aioserve._options import App, Options
 from aioserve._server import Server, ServerHandle
-from aioserve._settings import parse
+from aioserve._settings import Settings, parse
 from aioserve._signals import Interrupted, Signals
 from aioserve._uvicorn.config import load_config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from contextlib import AbstractAsyncContextManager
-    from types import TracebackType
-    from typing import Self, Unpack
-
     from anyio.abc import TaskStatus
 
-    from aioserve._net.listeners import Listener
-    from aioserve._options import App, Options
-    from aioserve._settings import Settings
+Handle = TypeVar("Handle", bound=ServerHandle)
 
 logger = logging.getLogger("aioserve")
 
@@ -118,7 +117,7 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         ValueError: An option is out of range.
         RuntimeError: There is no running asyncio event loop, or a signal cannot be handled here.
     """
-    return ServingContext(app, options)
+    return ServingContext(partial(parse, app, options), start_with)
 
 
 async def start(app: App, **options: Unpack[Options]) -> Server:
@@ -178,7 +177,7 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
             nobody waiting, it returns.)
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    context = ServingContext(app, options)
+    context = ServingContext(partial(parse, app, options), start_with)
     try:
         async with context as server:
             if task_status is not None:
@@ -251,7 +250,7 @@ class InterruptScope:
     def __init__(self) -> None:
         self._interrupts = 0
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
@@ -265,9 +264,10 @@ class InterruptScope:
         self._interrupts += 1
         self._task.cancel()
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool:
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(self, _: object, exc: BaseException | None, __: object) -> bool:
         if not self._interrupts:
             return False
 
@@ -284,97 +284,75 @@ class InterruptScope:
         return not has_others  # ours alone is swallowed: what comes next says why
 
 
-class ServingBody(InterruptScope):
-    """The body of a block, which is cancelled by a crash of its server, and by a signal."""
-
-    def __init__(self, server: ServerHandle, signals: Signals) -> None:
-        super().__init__()
-        self._server = server
-        self._engine = server._engine
-        self._signals = signals
-
-    async def __aenter__(self) -> Self:
-        # Something may have happened since the start.
-        if self._engine.error is not None:
-            raise self._engine.error
-        if self._signals.first is not None:
-            raise interrupted(self._signals)
-        await super().__aenter__()
-        self._engine.on_crash = self.interrupt
-        self._signals.on_signal(self._end_by_signal)
-        return self
-
-    def _end_by_signal(self) -> None:
-        logger.info("%s: ending the block of %s", self._signals.first, self._server.url)
-        if self._signals.count > 1:
-            self._server.close(timeout=0)
-        self.interrupt()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> bool:
-        self._engine.on_crash = None
-        self._signals.on_signal(lambda: stop_by_signal(self._server, self._signals))
-        return await super().__aexit__(exc_type, exc, tb)
-
-
-class ServingContext:
+class ServingContext(Generic[Handle]):
     """
-    A server for the length of a block, once.
+    A server for the length of a block, once; a crash of the server and a signal cancel the body.
 
     An `asynccontextmanager` would be shorter, and would make a start and stop some 5 % slower: a loop keeps a register
     of its asynchronous generators.
     """
 
-    _signals: Signals
-    _server: Server
-    _body: ServingBody
+    _server: Handle
+    _signals: Signals | None = None
 
-    def __init__(self, app: App, options: Options) -> None:
-        self._app = app
-        self._options = options
-        self._entered = False
+    def __init__(
+        self, parse_options: Callable[[], Settings], start: Callable[[Settings, Signals], Awaitable[Handle]]
+    ) -> None:
+        self._parse_options = parse_options
+        self._start = start
+        self._body = InterruptScope()
 
-    async def __aenter__(self) -> Server:
+    async def __aenter__(self) -> Handle:
         check_loop()
-        if self._entered:
-            raise RuntimeError("this block was entered before; call serving() again for each block")
-        self._entered = True
-        settings = parse(self._app, self._options)
+        if self._signals is not None:
+            raise RuntimeError("this block was entered before; for another one, call serving() or serving_process() again")
+        settings = self._parse_options()
         self._signals = signals = Signals(settings.stop_on_signals)
         signals.install()
         try:
-            self._server = await start_with(settings, signals)
-            self._body = ServingBody(self._server, signals)
-            try:
-                await self._body.__aenter__()
-            except BaseException:
-                async with self._server:  # which closes it
-                    raise
+            self._server = server = await self._start(settings, signals)
+            # Something may have happened since the start.
+            if server._engine.error is not None or signals.first is not None:
+                async with server:  # which closes it
+                    raise server._engine.error or interrupted(signals)
         except BaseException:
             signals.release()
             raise
-        return self._server
+        self._body.__enter__()
+        server._engine.on_crash = self._body.interrupt
+        signals.on_signal(self._end_by_signal)
+        return server
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool:
+        server, signals = self._server, self._signals
+        assert signals is not None
+        server._engine.on_crash = None
+        signals.on_signal(lambda: stop_by_signal(server, signals))
         try:
             try:
                 swallow = await self._body.__aexit__(exc_type, exc, tb)
             except BaseException:
-                async with self._server:
+                async with server:
                     raise
             if swallow:  # the server must not take it for a cancellation from outside
                 exc_type = exc = tb = None
-            await self._server.__aexit__(exc_type, exc, tb)
+            await server.__aexit__(exc_type, exc, tb)
             return swallow
         finally:
-            self._signals.release()
+            signals.release()
+
+    def _end_by_signal(self) -> None:
+        assert self._signals is not None
+        logger.info("%s: ending the block of %s", self._signals.first, self._server.url)
+        if self._signals.count > 1:
+            self._server.close(timeout=0)
+        self._body.interrupt()
 
     def was_signalled(self) -> bool:
         """Whether a signal has come that was to end the block."""
-        return self._signals.first is not None
+        return self._signals is not None and self._signals.first is not None
 
 
 def check_loop() -> None:

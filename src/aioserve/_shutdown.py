@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import TYPE_CHECKING
 
 import anyio
 
 from aioserve import _limits
+from aioserve._connections import Connections
 from aioserve._errors import ShutdownError
 from aioserve._finish import finish
+from aioserve._lifespan import Lifespan
 from aioserve._report import Report
-
-if TYPE_CHECKING:
-    from aioserve._connections import Connections
-    from aioserve._lifespan import Lifespan
-    from aioserve._settings import Settings
-    from aioserve._waiting import Condition
+from aioserve._settings import Settings
+from aioserve._waiting import Condition
 
 
 class Shutdown:

@@ -16,18 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from aioserve._errors import StartupError, StartupInterruptedError, describe_error
 from aioserve._limits import check_timeout
 from aioserve._running_app import RunningApp
+from aioserve._types import ASGIApp, Receive, Scope, Send
 from aioserve._waiting import outlast
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from aioserve._types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger("aioserve")
 

@@ -8,14 +8,12 @@ import asyncio
 import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
 from aioserve import _limits
-
-if TYPE_CHECKING:
-    from aioserve._report import Report
+from aioserve._report import Report
 
 T = TypeVar("T")
 

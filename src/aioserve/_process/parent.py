@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from typing import IO, Any, Unpack
 
 from aioserve import _errors, _limits
@@ -24,7 +24,7 @@ from aioserve._net.listeners import Listener
 from aioserve._options import Options
 from aioserve._process import messages
 from aioserve._server import ServerHandle
-from aioserve._serving import ServingBody, check_loop, listen, wait_started
+from aioserve._serving import ServingContext, listen, wait_started
 from aioserve._settings import Settings, parse
 from aioserve._signals import Signals, signal_name
 from aioserve._waiting import ServerTask
@@ -65,8 +65,7 @@ class ServerProcess(ServerHandle):
         return f"<aioserve.ServerProcess {self.pid} {self.url} {self._status()}>"
 
 
-@asynccontextmanager
-async def serving_process(app: str, **options: Unpack[Options]) -> AsyncIterator[ServerProcess]:
+def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContextManager[ServerProcess]:
     """
     Serve an ASGI app in a child process for the length of a block.
 
@@ -86,28 +85,29 @@ async def serving_process(app: str, **options: Unpack[Options]) -> AsyncIterator
             warnings and errors to its standard error, unless `log_level` or `log_config`, which are only for the child,
             say otherwise. `stop_on_signals` is only for this process.
 
-    Yields:
-        ServerProcess: The running server.
+    Returns:
+        A context manager, whose block gets the `ServerProcess`.
 
     Raises:
         OSError, StartupError, ServerCrashedError, ShutdownError, TypeError, ValueError, RuntimeError: As in
             `serving()`. If the app raised, a note has its traceback as text. `ShutdownError` also says that the child
             had to be killed.
     """
-    check_loop()
-    passed = messages.options_for_child(app, options)
-    settings = parse(app, {name: value for name, value in options.items() if name not in _LOGGING_OPTIONS})
-    signals = Signals(settings.stop_on_signals)
-    signals.install()
-    try:
+
+    passed: dict[str, Any] = {}
+
+    def parse_options() -> Settings:
+        passed.update(messages.options_for_child(app, options))
+        return parse(app, {name: value for name, value in options.items() if name not in _LOGGING_OPTIONS})
+
+    async def start(settings: Settings, signals: Signals) -> ServerProcess:
         child = ChildProcess(app, passed, settings, await listen(settings, signals))
         child.start()
         server = ServerProcess(child)
         await wait_started(server, signals)
-        async with server, ServingBody(server, signals):
-            yield server
-    finally:
-        signals.release()
+        return server
+
+    return ServingContext(parse_options, start)
 
 
 class ChildProcess(ServerTask):

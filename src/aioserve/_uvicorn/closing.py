@@ -4,12 +4,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from aioserve._uvicorn.protocols import is_http, unanswered_cycles
-
-if TYPE_CHECKING:
-    from aioserve._uvicorn.protocols import Observer
+from aioserve._uvicorn.protocols import Observer, is_http, unanswered_cycles
 
 CLOSE = (b"connection", b"close")
 

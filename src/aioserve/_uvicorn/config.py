@@ -11,7 +11,7 @@ import ssl
 import sys
 import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
@@ -19,10 +19,8 @@ from uvicorn.importer import import_from_string
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from aioserve._errors import StartupError
+from aioserve._types import Scope
 from aioserve._uvicorn.logs import logger
-
-if TYPE_CHECKING:
-    from aioserve._types import Scope
 
 # Options that are not only remembered: they import, set up logging, read files, or call something.
 _TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")

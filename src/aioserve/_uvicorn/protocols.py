@@ -8,26 +8,24 @@ objects; a cycle is one request of it, with its response.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    from typing import Protocol
+import uvicorn
+from uvicorn.server import ServerState
 
-    import uvicorn
-    from uvicorn.server import ServerState
+from aioserve._lifespan import Lifespan
 
-    from aioserve._lifespan import Lifespan
 
-    class Observer(Protocol):
-        """Who is told of connections; and, from when a stop is asked for, of their requests."""
+class Observer(Protocol):
+    """Who is told of connections; and, from when a stop is asked for, of their requests."""
 
-        @property
-        def state(self) -> ServerState: ...
-        def connection_added(self, connection: Any) -> None: ...
-        def connection_removed(self, connection: Any) -> None: ...
-        def request_started(self, connection: Any) -> None: ...
-        def response_completed(self, connection: Any) -> None: ...
-        def has_more_requests(self, connection: Any) -> bool: ...
+    @property
+    def state(self) -> ServerState: ...
+    def connection_added(self, connection: Any) -> None: ...
+    def connection_removed(self, connection: Any) -> None: ...
+    def request_started(self, connection: Any) -> None: ...
+    def response_completed(self, connection: Any) -> None: ...
+    def has_more_requests(self, connection: Any) -> bool: ...
 
 
 ConnectionState: TypeAlias = Literal["busy", "partial", "new", "idle"]

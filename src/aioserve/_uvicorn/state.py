@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import uvicorn
 from uvicorn.server import ServerState
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import uvicorn
-
-    from aioserve._uvicorn.protocols import Observer
+from aioserve._uvicorn.protocols import Observer
 
 
 class TrackedState(ServerState):
