@@ -17,9 +17,7 @@ from pathlib import Path
 FILE = 400
 CLASS = 250
 FUNCTION = 60  # a screen
-ALL = (
-    7_000  # `src/` may not grow; it had 6,601 lines before it was divided into these files, and is to be shorter again
-)
+ALL = 6_601  # the lines before it was divided into these files
 
 
 def length(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:

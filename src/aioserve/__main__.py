@@ -1,6 +1,4 @@
-"""
-``python -m aioserve package.module:app``.
-"""
+"""``python -m aioserve package.module:app``."""
 
 from aioserve._process.command import main
 

@@ -52,7 +52,7 @@ class Connections:
         self.state: TrackedState = (
             TrackedState(config, self) if limit is None else LimitedState(config, self, limit, on_limit)
         )
-        self.acceptor = Acceptor(
+        self.acceptor: Acceptor = Acceptor(
             listeners,
             functools.partial(protocols.create_protocol, config, self.state, lifespan, access_log),
             ssl=config.ssl,

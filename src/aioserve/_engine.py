@@ -25,11 +25,13 @@ from aioserve._connections import Connections
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
 from aioserve._lifespan import Lifespan
 from aioserve._net.listeners import Listener
+from aioserve._report import Report
+from aioserve._server_task import ServerTask
 from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
 from aioserve._uvicorn.logs import logger as uvicorn_logger
 from aioserve._uvicorn.protocols import scope_of
-from aioserve._waiting import Condition, ServerTask, start_task
+from aioserve._waiting import Condition, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -44,24 +46,23 @@ class Engine(ServerTask):
     on_closed: Callable[[], None] | None = None
     """Called at the end, before `closed` is set."""
     is_crashed: bool = False
+    error: BaseException | None = None
+    report: Report | None = None
 
     def __init__(self, settings: Settings, listeners: Sequence[Listener]) -> None:
-        super().__init__()
         config = settings.config
+        super().__init__(listeners, has_tls=config.ssl is not None)
         self._thread = threading.get_ident()
         self.settings = settings
-        self.listeners = listeners
-        scheme = "https" if config.ssl else "http"
-        self.urls = [listener.url(scheme) for listener in listeners]
         self._condition = Condition()
-        self.lifespan = Lifespan(
+        self.lifespan: Lifespan = Lifespan(
             config.loaded_app,
             mode=config.lifespan,
             asgi_version=config.asgi_version,
             state={},
             condition=self._condition,
         )
-        self.connections = Connections(
+        self.connections: Connections = Connections(
             listeners,
             config,
             self.lifespan,
@@ -69,11 +70,10 @@ class Engine(ServerTask):
             condition=self._condition,
             on_limit=self._limit_reached,
         )
-        self.shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
+        self.shutdown: Shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
 
     def start(self) -> None:
-        task = start_task(self._serve(), name=f"aioserve {self.urls[0]}")
-        task.add_done_callback(self._ended)
+        start_task(self._serve(), name=f"aioserve {self.urls[0]}").add_done_callback(self._ended)
 
     async def _serve(self) -> None:
         try:

@@ -1,6 +1,4 @@
-"""
-Lets handlers finish, and uses force when their time is over: the same for a server, and for an app that is replaced.
-"""
+"""Lets handlers finish, and uses force when their time is over: for a server, and for an app that is replaced."""
 
 from __future__ import annotations
 

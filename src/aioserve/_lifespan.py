@@ -93,7 +93,7 @@ class Lifespan:
 
         if self._failure is not None:
             # Its exception comes a moment after its message.
-            if not await self._condition.wait_for(self._has_returned, _limits.LIFESPAN_GRACE):
+            if not await self._condition.wait_for(lambda: self.is_over, _limits.LIFESPAN_GRACE):
                 await self._abandon()
             error = self._app_error()
             raise StartupError(_failed("start", error, self._failure)) from error
@@ -123,11 +123,15 @@ class Lifespan:
             time = asyncio.get_running_loop().time
             grace = _limits.LIFESPAN_GRACE
             bound = None if timeout is None else max(timeout, grace)
+
+            def has_ended() -> bool:
+                return self._awaits_more or self.is_over
+
             began = time()
-            ended = await self._condition.wait_for(self._has_ended, bound)
+            ended = await self._condition.wait_for(has_ended, bound)
             if self._condition.forced and not ended:
                 left = grace if bound is None else max(0.0, min(grace, began + bound - time()))
-                ended = await self._condition.wait_for(self._has_ended, left, even_if_forced=True)
+                ended = await self._condition.wait_for(has_ended, left, even_if_forced=True)
             took = time() - began
             if not self.is_over:
                 await self._abandon()
@@ -148,7 +152,7 @@ class Lifespan:
         self._shutdown.set()  # one that swallows its cancellation can still receive the message
         self.task.cancel()
         self.is_stuck = not await self._condition.wait_for(
-            self._has_returned, _limits.LIFESPAN_GRACE, even_if_forced=True
+            lambda: self.is_over, _limits.LIFESPAN_GRACE, even_if_forced=True
         )
         if self.is_stuck:
             logger.warning("the app's lifespan is stuck: %s was cancelled and is still running", self.task)
@@ -209,12 +213,6 @@ class Lifespan:
                 self._refused = True
                 raise RuntimeError(f"a lifespan cannot send {other!r}; the scope's type is 'lifespan', not 'http'")
         self._condition.notify()
-
-    def _has_ended(self) -> bool:
-        return self._awaits_more or self.is_over
-
-    def _has_returned(self) -> bool:
-        return self.is_over
 
     def _app_error(self) -> BaseException | None:
         ours = self._abandoned and isinstance(self.error, asyncio.CancelledError)

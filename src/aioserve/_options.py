@@ -25,11 +25,7 @@ from aioserve._limits import check_timeout
 from aioserve._net.listeners import check_socket
 
 App: TypeAlias = Callable[..., Any] | str | uvicorn.Config
-"""
-What can be served: an ASGI callable, an import string, or a ready `uvicorn.Config`.
-
-The type of an ASGI callable is a loose one, since each framework types the messages of ASGI in its own way.
-"""
+"""What can be served: an ASGI callable, an import string, or a `uvicorn.Config`. (Frameworks type ASGI differently.)"""
 
 
 class Options(TypedDict, total=False):
@@ -142,11 +138,8 @@ _RANGES = {
 
 # Signals that no program can handle; and those of a fault, which would come again and again, since Python runs its
 # handlers only when the faulty instruction is over.
-_NOT_TO_HANDLE = {
-    getattr(signal, name)
-    for name in ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
-    if hasattr(signal, name)
-}
+_FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
+_NOT_TO_HANDLE = {getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP", *_FAULTS)}
 
 
 def check_names(options: Mapping[str, Any]) -> None:

@@ -1,6 +1,4 @@
-"""
-What a user holds of a running server.
-"""
+"""What a user holds of a running server."""
 
 from __future__ import annotations
 
@@ -17,7 +15,8 @@ import uvicorn
 from aioserve._engine import Engine
 from aioserve._limits import check_timeout
 from aioserve._report import Report, Stats
-from aioserve._waiting import ServerTask, outlast
+from aioserve._server_task import ServerTask
+from aioserve._waiting import outlast
 
 logger = logging.getLogger("aioserve")
 
@@ -26,10 +25,11 @@ class ServerHandle:
     """How a running server is found, closed, and waited for."""
 
     _engine: ServerTask
-    _loop: asyncio.AbstractEventLoop
-    _host: str | None
-    _port: int | None
     _awaited: bool = False  # its end was awaited, so its error was raised; a test need not raise it again
+
+    def __init__(self, engine: ServerTask) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
 
     @property
     def url(self) -> str:
@@ -50,12 +50,12 @@ class ServerHandle:
     @property
     def host(self) -> str | None:
         """The first address that it is bound to, as the system gives it; `None` for a Unix socket."""
-        return self._host
+        return self._engine.listeners[0].host
 
     @property
     def port(self) -> int | None:
         """The port, the same on every address: the real one where 0 was asked for; `None` for a Unix socket."""
-        return self._port
+        return self._engine.listeners[0].port
 
     @property
     def report(self) -> Report | None:
@@ -225,10 +225,7 @@ class Server(ServerHandle):
     _uvicorn: uvicorn.Server | None = None
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
-        self._host = engine.listeners[0].host
-        self._port = engine.listeners[0].port
+        super().__init__(engine)
         engine.lifespan.state["aioserve"] = self
 
     @property

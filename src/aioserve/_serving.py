@@ -305,7 +305,7 @@ class ServingContext(Generic[Handle]):
     async def __aenter__(self) -> Handle:
         check_loop()
         if self._signals is not None:
-            raise RuntimeError("this block was entered before; for another one, call serving() or serving_process() again")
+            raise RuntimeError("this block was entered before; call serving() or serving_process() for each block")
         settings = self._parse_options()
         self._signals = signals = Signals(settings.stop_on_signals)
         signals.install()

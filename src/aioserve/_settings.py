@@ -1,15 +1,13 @@
-"""
-From an app and its options to checked settings.
-"""
+"""From an app and its options to checked settings."""
 
 # Without annotations from the future: a NamedTuple compiles each that is a string.
 
-import functools
 import inspect
 import os
 import signal
 import warnings
 from collections.abc import Collection, Mapping
+from functools import partial
 from ssl import SSLContext
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ from aioserve._uvicorn.config import make_config
 
 _HOST = "127.0.0.1"
 _UDS_MODE = 0o600
-_LISTEN_ON_FREE_PORT = functools.partial(listeners.listen_on_addresses, _HOST, 0, reuse_port=False)
+_LISTEN_ON_FREE_PORT = partial(listeners.listen_on_addresses, _HOST, 0, reuse_port=False)
 
 
 class Settings(NamedTuple):
@@ -75,9 +73,8 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
     # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
     access_log = options.get("access_log", True)
-    passed = {
-        name: value for name, value in options.items() if name not in _options.OWN_OPTIONS and name != "access_log"
-    }
+    not_passed = _options.OWN_OPTIONS | {"access_log"}
+    passed = {name: value for name, value in options.items() if name not in not_passed}
     systemd = options.get("systemd")
     return Settings(
         config=make_config(app, passed),
@@ -130,21 +127,18 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
 def _how_to_listen(options: Mapping[str, Any]) -> listeners.Listen:
     if options.keys().isdisjoint(_options.LISTEN_OPTIONS):
         return _LISTEN_ON_FREE_PORT
-    listen: listeners.Listen
     kind = next((name for name in ("uds", "fd", "sockets") if options.get(name) is not None), None)
-    if kind == "uds":
-        listen = functools.partial(
-            listeners.listen_on_path, os.fspath(options["uds"]), options.get("uds_mode", _UDS_MODE)
-        )
-    elif kind == "fd":
-        listen = functools.partial(listeners.listen_on_descriptors, [options["fd"]])
-    elif kind == "sockets":
-        listen = functools.partial(listeners.listen_on_sockets, options["sockets"])
-    else:
-        host, port = options.get("host", _HOST), options.get("port", 0)
-        listen = functools.partial(
-            listeners.listen_on_addresses, host, port, reuse_port=options.get("reuse_port", False)
-        )
+    match kind:
+        case "uds":
+            path, mode = os.fspath(options["uds"]), options.get("uds_mode", _UDS_MODE)
+            listen: listeners.Listen = partial(listeners.listen_on_path, path, mode)
+        case "fd":
+            listen = partial(listeners.listen_on_descriptors, [options["fd"]])
+        case "sockets":
+            listen = partial(listeners.listen_on_sockets, options["sockets"])
+        case _:
+            host, port, shared = options.get("host", _HOST), options.get("port", 0), options.get("reuse_port", False)
+            listen = partial(listeners.listen_on_addresses, host, port, reuse_port=shared)
 
     systemd = options.get("systemd", False)
     if systemd is False or systemd is None:
@@ -152,9 +146,8 @@ def _how_to_listen(options: Mapping[str, Any]) -> listeners.Listen:
     if kind in ("fd", "sockets"):
         raise TypeError(f"pass either systemd or {kind}, not both")
     has_fallback = kind is not None or "host" in options or "port" in options or options.get("reuse_port")
-    return functools.partial(
-        listeners.listen_on_systemd_sockets, None if systemd is True else systemd, listen if has_fallback else None
-    )
+    name = None if systemd is True else systemd
+    return partial(listeners.listen_on_systemd_sockets, name, listen if has_fallback else None)
 
 
 def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:

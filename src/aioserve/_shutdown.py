@@ -38,6 +38,7 @@ class Shutdown:
     """When the stop was asked for first, in the loop's time."""
     failure: Exception | None = None
     """What went wrong in a first phase that did not run in the server's task; that task runs it again."""
+    is_set: bool = False
     is_expired: bool = False
     """Whether the deadline of a `close()` is over."""
 
@@ -48,7 +49,6 @@ class Shutdown:
     def __init__(
         self, settings: Settings, connections: Connections, lifespan: Lifespan, condition: Condition, name: str
     ) -> None:
-        self.is_set = False
         self._settings = settings
         self._connections = connections
         self._lifespan = lifespan
@@ -66,10 +66,12 @@ class Shutdown:
         With `begin`, the first phase runs in this very step, which saves a task that waits for the end two loop turns.
         """
         if self.asked_at is None:
+            settings = self._settings
             self.asked_at = self._loop.time()
             self.set()
-            self._settings.notify_systemd("STOPPING=1")
-            if begin and self._may_begin():
+            settings.notify_systemd("STOPPING=1")
+            # Where tasks start eagerly, a task can be inside any call of a protocol, and must not close it there.
+            if begin and not (settings.drain_delay or settings.config.ssl or self._loop.get_task_factory()):
                 try:
                     # What is accepted here must not run in the context of whoever asks.
                     self._context.run(self._stop_accepting)
@@ -106,14 +108,6 @@ class Shutdown:
     def _expire(self) -> None:
         self.is_expired = True
         self._condition.notify()
-
-    def _may_begin(self) -> bool:
-        """
-        Whether the first phase may run outside the server's task.
-
-        Where tasks start eagerly, a task can be inside any call of a protocol, and must not close it there.
-        """
-        return not (self._settings.drain_delay or self._settings.config.ssl or self._loop.get_task_factory())
 
     # Run by the server's task.
 

@@ -155,7 +155,6 @@ class Swappable:
             raise error.__cause__  # the app's own, as if the server had called the app itself
 
     async def _serve_until_shutdown(self, receive: Receive, send: Send) -> BaseException | None:
-        died = False
         try:
             async with asyncio.timeout(None) as self._until_death:
                 self._loop = asyncio.get_running_loop()
@@ -164,7 +163,6 @@ class Swappable:
         except TimeoutError:
             if not self._until_death.expired():
                 raise
-            died = True
         finally:
             # No swap can begin any more; and the server has finished its requests by itself.
             self._loop = None
@@ -177,7 +175,7 @@ class Swappable:
                 raise late
         if current.error is None:
             await send({"type": "lifespan.shutdown.complete"})
-        elif not died:
+        elif not self._until_death.expired():
             await send({"type": "lifespan.shutdown.failed", "message": str(current.error)})
         return current.error
 

@@ -1,6 +1,4 @@
-"""
-The types of ASGI, as loose as frameworks need them: each framework types its messages in its own way.
-"""
+"""The types of ASGI, as loose as frameworks need them: each framework types its messages in its own way."""
 
 from __future__ import annotations
 

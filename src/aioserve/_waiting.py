@@ -1,6 +1,4 @@
-"""
-How a server's own task starts, and how it waits: for facts, never by a clock, and never ended by a cancellation.
-"""
+"""How a server's own task starts, and how it waits: for facts, never by a clock, and never ended by a cancellation."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ from typing import Any, TypeVar
 import anyio
 
 from aioserve import _limits
-from aioserve._report import Report
 
 T = TypeVar("T")
 
@@ -48,40 +45,6 @@ async def outlast(
                 first = first or exc
                 on_cancel()
     return first
-
-
-class ServerTask:
-    """What runs a server, here or in a child process, as those who hold the server see it."""
-
-    urls: list[str]
-    started: bool = False
-    error: BaseException | None = None
-    """What went wrong: an `OSError` or a `ServingError`."""
-    report: Report | None = None
-    on_crash: Callable[[], None] | None = None
-    """Called when the server dies while it is serving."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.ready: asyncio.Future[None] = self._loop.create_future()
-        """Done when the server has started, or has failed to."""
-        self.closed = asyncio.Event()
-
-    def close(self, deadline: float | None = None, *, begin: bool = False) -> None:
-        """
-        Ask for a graceful stop, from anywhere; a deadline, in the loop's time, can only shorten it.
-
-        With `begin`, the caller is a task of the server's loop that is about to wait for the end.
-        """
-        raise NotImplementedError
-
-    def owns(self, task: asyncio.Task[Any] | None) -> bool:
-        """Whether the task belongs to the server: the lifespan's, or that of a request or a WebSocket."""
-        return False
-
-    def _set_ready(self) -> None:
-        if not self.ready.done():
-            self.ready.set_result(None)
 
 
 @types.coroutine

@@ -109,28 +109,20 @@ async def main(port: int, *, once: bool) -> None:
     """Run the worker, the server and the client in one loop."""
     worker = Worker()
     working = asyncio.create_task(worker.run())
+    before = time.perf_counter()
+    server: Server | None = None
     try:
-        before = time.perf_counter()
         async with serving(make_app(worker), port=port) as server:
-            print(f"started in {milliseconds(before)}, with the import of uvicorn: {server.url}")
-            try:
-                await call_everything(server)
-                if not once:
-                    print(f"open {server.url} in a browser; Ctrl+C stops, --port {server.port} uses this port again")
-                    await server.wait_closed()
-            finally:
-                before = time.perf_counter()
-        print(f"stopped in {milliseconds(before)}")
-    except asyncio.CancelledError:
-        print(f"stopped in {milliseconds(before)}")
-        raise
+            took = time.perf_counter() - before
+            print(f"started in {took * 1000:.1f} ms, with the import of uvicorn: {server.url}")
+            await call_everything(server)
+            if not once:
+                print(f"open {server.url} in a browser; Ctrl+C stops, --port {server.port} uses this port again")
+                await server.wait_closed()
     finally:
         working.cancel()
-
-
-def milliseconds(since: float) -> str:
-    """Return how long ago that was."""
-    return f"{(time.perf_counter() - since) * 1000:.1f} ms"
+        if server is not None and server.report is not None:
+            print(f"stopped in {server.report.duration * 1000:.1f} ms")
 
 
 PAGE: str = """\
@@ -168,11 +160,10 @@ the same port, this page continues.</p>
 
   const connect = () => {
     const socket = new WebSocket(location.href.replace("http", "ws") + "echo")
-    const hello = () => socket.readyState === WebSocket.OPEN && socket.send("hello")
-    socket.onopen = hello
+    socket.onopen = () => socket.send("hello")
     socket.onmessage = event => {
       show("echo", event.data)
-      setTimeout(hello, 1000)
+      setTimeout(() => socket.readyState === WebSocket.OPEN && socket.send("hello"), 1000)
     }
     socket.onclose = event => {
       show("echo", `closed: ${event.code}`)

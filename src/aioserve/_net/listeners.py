@@ -183,12 +183,11 @@ def _listen_on_duplicates(originals: Iterable[tuple[str, Callable[[], socket.soc
 
 
 def _duplicate(descriptor: int) -> socket.socket:
-    duplicate = os.dup(descriptor)
+    original = socket.socket(fileno=descriptor)  # which finds out its family and type
     try:
-        return socket.socket(fileno=duplicate)  # which finds out its family and type
-    except OSError:
-        os.close(duplicate)
-        raise
+        return original.dup()
+    finally:
+        original.detach()
 
 
 class _Address(NamedTuple):

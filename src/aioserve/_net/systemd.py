@@ -1,6 +1,4 @@
-"""
-Reads the sockets that systemd passes to a service, and notifies systemd: sd_listen_fds(3) and sd_notify(3).
-"""
+"""Reads the sockets that systemd passes to a service, and notifies systemd: sd_listen_fds(3) and sd_notify(3)."""
 
 from __future__ import annotations
 

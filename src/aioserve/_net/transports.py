@@ -65,12 +65,7 @@ class FlushWatch:
         self._raw = raw
 
     def start(self) -> None:
-        """
-        Start to watch.
-
-        Raises:
-            OSError: There is no descriptor left.
-        """
+        """Start to watch; raise an `OSError` if no descriptor is left."""
         # A descriptor of our own, since a loop allows nobody to watch a transport's.
         self._descriptor = os.dup(_descriptor(self._raw))
         self._loop = asyncio.get_running_loop()

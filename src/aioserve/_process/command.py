@@ -1,6 +1,4 @@
-"""
-The command line: `aioserve package.module:app`, or `python -m aioserve package.module:app`.
-"""
+"""The command line: `aioserve package.module:app`, or `python -m aioserve package.module:app`."""
 
 from __future__ import annotations
 
@@ -94,22 +92,12 @@ OWN_OPTIONS: list[click.Parameter] = [
     click.Argument(["app"]),
     click.Option(["--factory"], is_flag=True, help="APP is a function that makes the app."),
     click.Option(["--app-dir"], default="", help="Look for APP in this directory.  [default: the current directory]"),
-    click.Option(
-        ["--host"],
-        multiple=True,
-        help="A name or an address to listen on; can be given several times.  [default: 127.0.0.1]",
-    ),
+    click.Option(["--host"], multiple=True, help="A name or an address; can be repeated.  [default: 127.0.0.1]"),
     click.Option(["--port"], type=int, help="0 takes a free port, the same on every address.  [default: 8000]"),
     click.Option(["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, not on TCP."),
     click.Option(["--uds-mode"], type=octal, help="Its file's mode, like 660.  [default: 600]"),
-    click.Option(
-        ["--fd"], metavar="INTEGER", type=descriptor, help="Listen on an inherited socket, by its descriptor."
-    ),
-    click.Option(
-        ["--systemd"],
-        is_flag=True,
-        help="Listen on the sockets that systemd passes; if there are none, on what the other options say.",
-    ),
+    click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on the inherited socket of this number."),
+    click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets; without any, as the others say."),
     click.Option(["--systemd-name"], metavar="NAME", help="The same, but only those with this FileDescriptorName."),
     click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),
     _seconds("--startup-timeout", "How long the app's startup may take.  [default: 60; none: no limit]"),
@@ -118,7 +106,7 @@ OWN_OPTIONS: list[click.Parameter] = [
     _seconds("--disconnect-after", "How long until receive() says http.disconnect.  [default: the shutdown timeout]"),
     click.Option(
         ["--ready-fd"],
-        metavar="INTEGER",
+        metavar="NUMBER",
         type=writable,
         help="Write one line of JSON to this descriptor and close it: where it serves, or why it cannot start.",
     ),

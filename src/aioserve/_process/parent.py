@@ -24,10 +24,10 @@ from aioserve._net.listeners import Listener
 from aioserve._options import Options
 from aioserve._process import messages
 from aioserve._server import ServerHandle
+from aioserve._server_task import ServerTask
 from aioserve._serving import ServingContext, listen, wait_started
 from aioserve._settings import Settings, parse
 from aioserve._signals import Signals, signal_name
-from aioserve._waiting import ServerTask
 
 # A `uvicorn.Config` made with these would configure the logging of this process.
 _LOGGING_OPTIONS = ("log_config", "log_level", "use_colors")
@@ -42,11 +42,6 @@ class ServerProcess(ServerHandle):
     """
 
     _engine: ChildProcess
-
-    def __init__(self, child: ChildProcess) -> None:
-        self._engine = child
-        self._loop = asyncio.get_running_loop()
-        self._host, self._port = child.listeners[0].host, child.listeners[0].port
 
     @property
     def pid(self) -> int:
@@ -93,7 +88,6 @@ def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContex
             `serving()`. If the app raised, a note has its traceback as text. `ShutdownError` also says that the child
             had to be killed.
     """
-
     passed: dict[str, Any] = {}
 
     def parse_options() -> Settings:
@@ -119,13 +113,10 @@ class ChildProcess(ServerTask):
     _pidfd: int | None = None
 
     def __init__(self, app: str, options: dict[str, Any], settings: Settings, listeners: Sequence[Listener]) -> None:
-        super().__init__()
-        scheme = "https" if settings.config.ssl_certfile else "http"
-        self.urls = [listener.url(scheme) for listener in listeners]
+        super().__init__(listeners, has_tls=bool(settings.config.ssl_certfile))
         self._app = app
         self._options = options
         self._settings = settings
-        self.listeners = listeners
         self._asked_at: float | None = None
         self._forced = False
         self._startup_expired = False

@@ -40,35 +40,31 @@ def run(
 
     A caller can pass listeners that are open already, and the signals, if it needs to know whether one has come.
     """
-    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
-        return runner.run(_serve(settings, on_event, listeners, signals or Signals(settings.stop_on_signals)))
+    signals = signals or Signals(settings.stop_on_signals)
 
-
-async def _serve(
-    settings: Settings,
-    on_event: Callable[[messages.Event], None],
-    listeners: Sequence[Listener] | None,
-    signals: Signals,
-) -> int:
-    signals.install()
-    try:
+    async def serve() -> int:
+        signals.install()
         try:
-            server = await start_with(settings, signals, listeners)
-        except (OSError, ServingError) as exc:
-            on_event(messages.failed(exc))
-            return GRACEFUL if isinstance(exc, StartupInterruptedError) else NOT_STARTED
-        server._engine.on_crash = lambda: None  # the event below reports it, so the engine need not log it
-        on_event(messages.ready(server))
+            try:
+                server = await start_with(settings, signals, listeners)
+            except (OSError, ServingError) as exc:
+                on_event(messages.failed(exc))
+                return GRACEFUL if isinstance(exc, StartupInterruptedError) else NOT_STARTED
+            server._engine.on_crash = lambda: None  # the event below reports it, so the engine need not log it
+            on_event(messages.ready(server))
 
-        with contextlib.suppress(ServingError):
-            await server.wait_closed()
-        report, error = server.report, server._engine.error
-        on_event(messages.stopped(report, error))
-        return FORCED if error is not None or report is None or report.was_forced else GRACEFUL
-    finally:
-        for signum in settings.stop_on_signals:
-            signal.signal(signum, _exit)  # while our handlers are still there, so that there always is one
-        signals.release()
+            with contextlib.suppress(ServingError):
+                await server.wait_closed()
+            report, error = server.report, server._engine.error
+            on_event(messages.stopped(report, error))
+            return FORCED if error is not None or report is None or report.was_forced else GRACEFUL
+        finally:
+            for signum in settings.stop_on_signals:
+                signal.signal(signum, _exit)  # while our handlers are still there, so that there always is one
+            signals.release()
+
+    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+        return runner.run(serve())
 
 
 def _exit(signum: int, _frame: object) -> None:

@@ -1,6 +1,4 @@
-"""
-"connection: close" on the last response of a connection, from the moment that a stop is asked for.
-"""
+"""The header "connection: close" on the last response of a connection, from when a stop is asked for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-Makes and loads uvicorn's Config.
-"""
+"""Makes and loads uvicorn's Config."""
 
 from __future__ import annotations
 
@@ -49,11 +47,9 @@ def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
 
 def _environment(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """
-    Return what a loaded Config depends on, besides the app and the options.
+    Return what a loaded Config depends on, besides the app and the options; `None` if a protocol is not imported yet.
 
-    Returns:
-        None: A protocol is the program's own; or it is not imported yet. Its import takes long enough for a signal to
-            come, so it belongs into `load_config()`.
+    Its import takes long enough for a signal to come, so it belongs into `load_config()`.
     """
     chosen = []
     for option, protocols in (("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS)):
@@ -104,12 +100,7 @@ class _Template:
 
 @functools.lru_cache(typed=True)
 def _template_for(_environment: tuple[Any, ...], **options: Any) -> _Template | None:
-    """
-    Load a Config with a plain app.
-
-    Returns:
-        None: uvicorn wraps the app, or cannot load it; then a Config is made each time, and uvicorn reports the error.
-    """
+    """Load a Config with a plain app; return `None` if uvicorn wraps the app, or cannot load it, and says why later."""
 
     async def app(scope: Scope, receive: object, send: object) -> None:
         pass

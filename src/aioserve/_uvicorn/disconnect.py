@@ -78,11 +78,8 @@ def _disconnected_class(cycle_class: type[Any]) -> type[Any]:
 
         @property
         def disconnected(self) -> bool:
-            if self.says_disconnected:
-                self.says_disconnected = False
-                return True
-            disconnected: bool = self.__dict__["disconnected"]
-            return disconnected
+            says_disconnected, self.says_disconnected = self.says_disconnected, False
+            return says_disconnected or bool(self.__dict__["disconnected"])
 
         @disconnected.setter
         def disconnected(self, value: bool) -> None:

@@ -1,6 +1,4 @@
-"""
-A `uvicorn.Server` for code that knows one, such as middleware that sets `should_exit`.
-"""
+"""A `uvicorn.Server` for code that knows one, such as middleware that sets `should_exit`."""
 
 from __future__ import annotations
 

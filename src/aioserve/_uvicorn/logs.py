@@ -1,6 +1,4 @@
-"""
-What of uvicorn's logging is used, and what is kept quiet.
-"""
+"""What of uvicorn's logging is used, and what is kept quiet."""
 
 from __future__ import annotations
 
@@ -63,8 +61,6 @@ def log_config(level: str | int | None) -> dict[str, Any]:
         formatter["use_colors"] = sys.stderr is not None and sys.stderr.isatty()  # uvicorn asks standard output
     if level is None or level == "trace":
         level = "info" if level is None else "debug"
-    config["loggers"]["aioserve"] = {
-        "handlers": ["default"],
-        "level": level.upper() if isinstance(level, str) else level,
-    }
+    level = level.upper() if isinstance(level, str) else level
+    config["loggers"]["aioserve"] = {"handlers": ["default"], "level": level}
     return config

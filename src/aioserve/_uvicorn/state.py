@@ -25,7 +25,7 @@ class TrackedState(ServerState):
         super().__init__()
         self._config = config
         self.connections: set[Any] = _ObservedConnections(self, observer)
-        self.default_headers = config.encoded_headers
+        self.default_headers: list[tuple[bytes, bytes]] = config.encoded_headers
         self.date_timer: asyncio.TimerHandle | None = None
 
     def update_date(self) -> None:

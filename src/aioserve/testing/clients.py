@@ -1,6 +1,4 @@
-"""
-HTTP clients for tests, and certificates that they trust.
-"""
+"""HTTP clients for tests, and certificates that they trust."""
 
 from __future__ import annotations
 

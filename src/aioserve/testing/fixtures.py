@@ -1,6 +1,4 @@
-"""
-What the fixtures of the pytest plugin return.
-"""
+"""What the fixtures of the pytest plugin return."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-Checks that a block leaves nothing behind, by two snapshots of the process and its loop.
-"""
+"""Checks that a block leaves nothing behind, by two snapshots of the process and its loop."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-Servers for tests: a test fails if its server had to use force to stop.
-"""
+"""Servers for tests: a test fails if its server had to use force to stop."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""What runs a server, here or in a child process, as those who hold the server see it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aioserve._net.listeners import Listener
+from aioserve._report import Report
+
+
+class ServerTask:
+    """The base of a server's task in this loop, and of a child process."""
+
+    started: bool = False
+    error: BaseException | None = None
+    """What went wrong: an `OSError` or a `ServingError`."""
+    report: Report | None = None
+    on_crash: Callable[[], None] | None = None
+    """Called when the server dies while it is serving."""
+
+    def __init__(self, listeners: Sequence[Listener], *, has_tls: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.listeners = listeners
+        scheme = "https" if has_tls else "http"
+        self.urls: list[str] = [listener.url(scheme) for listener in listeners]
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        """Done when the server has started, or has failed to."""
+        self.closed: asyncio.Event = asyncio.Event()
+
+    def close(self, deadline: float | None = None, *, begin: bool = False) -> None:
+        """
+        Ask for a graceful stop, from anywhere; a deadline, in the loop's time, can only shorten it.
+
+        With `begin`, the caller is a task of the server's loop that is about to wait for the end.
+        """
+        raise NotImplementedError
+
+    def owns(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether the task belongs to the server: the lifespan's, or that of a request or a WebSocket."""
+        return False
+
+    def _set_ready(self) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
