@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from aioserve import _limits
 from aioserve._report import Report, UnfinishedHandler
@@ -14,16 +14,12 @@ from aioserve._waiting import Condition
 logger = logging.getLogger("aioserve")
 
 
-class Handler(Protocol):
-    def done(self) -> bool: ...
-
-
 class Work(Protocol):
     """What has to be finished: the handlers of an app, and their connections."""
 
     def is_finished(self) -> bool: ...
     def has_handlers(self) -> bool: ...
-    def unfinished(self) -> Sequence[tuple[Handler, UnfinishedHandler]]: ...
+    def unfinished(self) -> Sequence[tuple[Any, UnfinishedHandler]]: ...  # each with what has a method done()
     def disconnect_handlers(self) -> None: ...
     def cancel_handlers(self) -> None: ...
     def abort_connections(self) -> int: ...

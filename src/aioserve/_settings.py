@@ -21,6 +21,7 @@ from aioserve._uvicorn.config import make_config
 
 _HOST = "127.0.0.1"
 _UDS_MODE = 0o600
+_NOT_PASSED = _options.OWN_OPTIONS | {"access_log"}
 _LISTEN_ON_FREE_PORT = partial(listeners.listen_on_addresses, _HOST, 0, reuse_port=False)
 
 
@@ -73,8 +74,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
     # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
     access_log = options.get("access_log", True)
-    not_passed = _options.OWN_OPTIONS | {"access_log"}
-    passed = {name: value for name, value in options.items() if name not in not_passed}
+    passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
     systemd = options.get("systemd")
     return Settings(
         config=make_config(app, passed),

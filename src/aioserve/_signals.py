@@ -44,11 +44,12 @@ class Signals:
 
     def install(self) -> None:
         """Handle the signals from now on, in the running loop: all of them, or none and raise a `RuntimeError`."""
+        if not self._wanted:
+            return
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
-        for signum in self._wanted:
-            _check_available(signum, self._loop)
         try:
             for signum in self._wanted:
+                _check_available(signum, self._loop)
                 handler = signal.getsignal(signum)
                 if not isinstance(handler, _Handler):
                     assert handler is not None  # as _check_available() has found
@@ -84,7 +85,8 @@ class Signals:
         handlers, self._handlers = self._handlers, []
         for handler in handlers:
             handler.users.discard(self)
-        if threading.current_thread() is threading.main_thread():  # otherwise it is collected as garbage, in any thread
+        # Otherwise it is collected as garbage, in any thread.
+        if handlers and threading.current_thread() is threading.main_thread():
             for signum in [each.signum for each in handlers]:
                 current = signal.getsignal(signum)
                 if isinstance(current, _Handler) and not current.attached():

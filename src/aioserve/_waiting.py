@@ -89,6 +89,8 @@ class Condition:
         It is evaluated once for each loop turn in which something changed. With `even_if_forced`, only the timeout ends
         the wait.
         """
+        if predicate():
+            return True
         expired = False
 
         def is_over() -> bool:
@@ -105,7 +107,7 @@ class Condition:
             for _ in range(_limits.TURNS_BEFORE_TIMER):
                 if is_over():
                     return predicate()
-                await self.turns(1)
+                await self._sleep(_turn())
             timer = asyncio.get_running_loop().call_later(timeout, expire)
 
         try:

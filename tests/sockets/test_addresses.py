@@ -117,7 +117,7 @@ async def test_port_zero_tries_another_port_if_one_is_taken_on_an_address(
 async def test_port_zero_gives_up_after_some_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the error of the last attempt, and nothing bound."""
 
-    def taken(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
+    def taken(*address: Any) -> socket.socket:
         raise OSError(errno.EADDRINUSE, "taken")
 
     monkeypatch.setattr(_sockets, "_listen_on_address", taken)
@@ -134,10 +134,10 @@ async def test_machine_may_lack_one_address_family(
     """A name that stands for both families is served on the other one."""
     listen_on = _sockets._listen_on_address
 
-    def without(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
-        if address.family == lacking:
+    def without(family: int, *address: Any) -> socket.socket:
+        if family == lacking:
             raise OSError(errno.EADDRNOTAVAIL, "no such family here")
-        return listen_on(address, port, backlog, **options)
+        return listen_on(family, *address)
 
     monkeypatch.setattr(_sockets, "_listen_on_address", without)
     async with serving(App(), host=host) as server:
@@ -149,7 +149,7 @@ async def test_machine_may_lack_one_address_family(
 async def test_machine_that_lacks_both_address_families_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no address to serve on."""
 
-    def without(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
+    def without(*address: Any) -> socket.socket:
         raise OSError(errno.EADDRNOTAVAIL, "no such family here")
 
     monkeypatch.setattr(_sockets, "_listen_on_address", without)

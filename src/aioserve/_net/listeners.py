@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 from aioserve import _limits
@@ -93,7 +93,7 @@ Listen: TypeAlias = Callable[[int], Awaitable[list[Listener]]]
 async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
     """Listen on all addresses of the hosts (`None`: every interface); port 0 is one free port for all of them."""
     hosts = [host] if host is None or isinstance(host, str) else host
-    unique = {address.sockaddr: address for each in hosts for address in await _resolve(each)}
+    unique = {address[1]: address for each in hosts for address in await _resolve(each)}
 
     for _ in range(_limits.SAME_PORT_ATTEMPTS if port == 0 else 1):
         try:
@@ -190,21 +190,19 @@ def _duplicate(descriptor: int) -> socket.socket:
         original.detach()
 
 
-class _Address(NamedTuple):
-    family: int
-    sockaddr: tuple[Any, ...]
-    optional: bool  # whether its host has others, too, so that this machine may lack its family
+_Address: TypeAlias = tuple[int, tuple[Any, ...], bool]
+"""A family, an address of it, and whether its host has others, too, so that this machine may lack this family."""
 
 
 def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
     listeners: list[Listener] = []
-    for address in addresses:
+    for family, sockaddr, optional in addresses:
         try:
-            listeners.append(Listener(_listen_on_address(address, port, backlog, reuse_port=reuse_port)))
+            listeners.append(Listener(_listen_on_address(family, sockaddr, port, backlog, reuse_port)))
             port = listeners[0].port or port
         except OSError as exc:
             missing = exc
-            if not address.optional or exc.errno not in _MISSING_FAMILY:
+            if not optional or exc.errno not in _MISSING_FAMILY:
                 for each in listeners:
                     each.close()
                 raise
@@ -213,30 +211,28 @@ def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, re
     return listeners
 
 
-def _listen_on_address(address: _Address, port: int, backlog: int, *, reuse_port: bool) -> socket.socket:
-    host, _, *rest = address.sockaddr
-    with ExitStack() as undo:
-        try:
-            # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on
-            # kept-alive connections take 40 ms.
-            sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            undo.callback(sock.close)
-            sock.setblocking(False)
-            if os.name == "posix":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if reuse_port:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if address.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((host, port, *rest))
-            sock.listen(backlog)
-        except OSError as exc:
-            bracketed = f"[{host}]" if address.family == socket.AF_INET6 else host
-            reason = f"{exc.strerror}"
-            if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
-                reason += "; a link-local address requires its interface, as in fe80::1%eth0"
-            raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
-        undo.pop_all()
+def _listen_on_address(family: int, sockaddr: Any, port: int, backlog: int, reuse_port: bool) -> socket.socket:
+    host, _, *rest = sockaddr
+    # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on kept-alive
+    # connections take 40 ms.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setblocking(False)
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port, *rest))
+        sock.listen(backlog)
+    except OSError as exc:
+        sock.close()
+        bracketed = f"[{host}]" if family == socket.AF_INET6 else host
+        reason = f"{exc.strerror}"
+        if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
+            reason += "; a link-local address requires its interface, as in fe80::1%eth0"
+        raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
     return sock
 
 
@@ -257,7 +253,7 @@ async def _resolve(host: str | None) -> list[_Address]:
     executor = ThreadPoolExecutor(1, thread_name_prefix="aioserve-resolve")
     answer = asyncio.get_running_loop().run_in_executor(executor, _getaddrinfo, host, socket.AI_PASSIVE)
     try:
-        return [_Address(*found, optional=True) for found in await answer]
+        return [(*found, True) for found in await answer]
     except OSError as exc:
         raise socket.gaierror(exc.errno, f"cannot resolve host {host!r}: {exc.strerror}") from exc
     except UnicodeError as exc:  # the "idna" codec rejects the name
@@ -268,7 +264,7 @@ async def _resolve(host: str | None) -> list[_Address]:
 
 def _parse(host: str, *, optional: bool = False) -> list[_Address]:
     getaddrinfo = _getaddrinfo if "%" in host else _getaddrinfo_cached  # the index of an interface can change
-    return [_Address(*found, optional=optional) for found in getaddrinfo(host, _NUMERIC)]
+    return [(*found, optional) for found in getaddrinfo(host, _NUMERIC)]
 
 
 def _getaddrinfo(host: str, flags: int) -> list[tuple[int, tuple[Any, ...]]]:
