@@ -99,11 +99,11 @@ async def test_port_zero_tries_another_port_if_one_is_taken_on_an_address(
     tried: list[tuple[str, int]] = []
     listen_on = _sockets._listen_on_address
 
-    def taken_twice(address: Any, port: int, backlog: int, **options: Any) -> socket.socket:
-        tried.append((address.sockaddr[0], port))
-        if address.sockaddr[0] == "127.0.0.2" and len(tried) < 5:
+    def taken_twice(family: int, sockaddr: tuple[str, int], port: int, *others: Any) -> socket.socket:
+        tried.append((sockaddr[0], port))
+        if sockaddr[0] == "127.0.0.2" and len(tried) < 5:
             raise OSError(errno.EADDRINUSE, "taken")
-        return listen_on(address, port, backlog, **options)
+        return listen_on(family, sockaddr, port, *others)
 
     monkeypatch.setattr(_sockets, "_listen_on_address", taken_twice)
     async with serving(App(), host=["127.0.0.1", "127.0.0.2"]) as server:
