@@ -33,8 +33,11 @@ LIMIT = peers.GRACE + 0.5
 class Peer:
     """One of the servers, whose process is replaced when it had to be ended."""
 
-    def __init__(self, name: str, loop: str, interpreter: children.Interpreter = children.THIS) -> None:
+    def __init__(
+        self, name: str, loop: str, interpreter: children.Interpreter = children.THIS, **options: Any
+    ) -> None:
         self.name = name
+        self.options = options
         self.loop = loop
         self.interpreter = interpreter
         self.child = self.serve()
@@ -44,7 +47,7 @@ class Peer:
 
     def serve(self) -> children.Child:
         """Start its process."""
-        return children.serve(self.name, loop=self.loop, interpreter=self.interpreter)
+        return children.serve(self.name, loop=self.loop, interpreter=self.interpreter, **self.options)
 
     def measure(self, kind: str, count: int) -> float:
         """Start, connect, stop; return how long that took."""

@@ -154,8 +154,15 @@ def _start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return asyncio.create_task(coroutine)
 
 
-def aioserve(**options: Any) -> Start:
-    """`async with serving(app)`, in its two halves; a stream is told of the stop at once."""
+def aioserve(*, keep: bool = False, **options: Any) -> Start:
+    """
+    `async with serving(app)`, in its two halves; a stream is told of the stop at once.
+
+    Args:
+        keep: Whether to keep the connections until the server has stopped. A version whose connections are part of
+            reference cycles leaves them to the garbage collector, which would look like a quicker stop.
+        options: Those of `serving()`.
+    """
     from aioserve import serving
 
     settings = {"access_log": False, "timeout_keep_alive": KEEP_ALIVE, **options}
@@ -163,7 +170,14 @@ def aioserve(**options: Any) -> Start:
     async def start() -> Running:
         block = serving(app, shutdown_timeout=GRACE, disconnect_after=0, **settings)
         server = await block.__aenter__()
-        return Running(lambda: server.port or 0, lambda: block.__aexit__(None, None, None))
+        connections = server.uvicorn.server_state.connections if keep else ()
+
+        async def stop() -> None:
+            kept = [(connection, connection.transport) for connection in connections]
+            await block.__aexit__(None, None, None)
+            asyncio.get_running_loop().call_soon(kept.clear)
+
+        return Running(lambda: server.port or 0, stop if keep else lambda: block.__aexit__(None, None, None))
 
     return start
 

@@ -141,7 +141,7 @@ class Connections:
         for connection in list(self.state.connections):
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
             if is_open and protocols.connection_state(connection) == "idle" and not self._unread(connection):
-                _close_gracefully(connection)
+                protocols.close_gracefully(connection)
 
     def close_unneeded(self, *, wait_for_new: bool) -> None:
         """
@@ -169,7 +169,7 @@ class Connections:
             if state == "partial" and self._unread(connection):
                 self._loop.call_soon(self._close_if_unneeded, connection)  # once it is read
             if state == "idle" or (state == "new" and not self._waits_for_new):
-                _close_gracefully(connection)
+                protocols.close_gracefully(connection)
         self.acceptor.hang_up_when_flushed(connection.transport)
 
     def disconnect_handlers(self) -> None:
@@ -269,11 +269,3 @@ class Connections:
             for connection in list(self.state.connections):
                 self.acceptor.hang_up_when_flushed(connection.transport)
         self._condition.notify()
-
-
-def _close_gracefully(connection: Any) -> None:
-    try:
-        connection.shutdown()
-    except Exception:  # noqa: BLE001
-        # The protocol is in a state in which it cannot, as h11 after an invalid request.
-        connection.transport.abort()

@@ -135,6 +135,10 @@ _RANGES = {
     name: ("int", 1, _MAX_INT, f"{name} must be 1 or more, and no more than {_MAX_INT}, not {{0}}")
     for name in ("backlog", "limit_concurrency", "limit_max_requests")
 }
+_NO_RANGE = ("", 0, 0, "")
+
+_MAY_BE_NONE = frozenset({"host", "uds", "sockets", "systemd", "ssl"})
+_COMBINED = LISTEN_OPTIONS | {"ssl", "ssl_keyfile"}
 
 # Signals that no program can handle; and those of a fault, which would come again and again, since Python runs its
 # handlers only when the faulty instruction is over.
@@ -157,9 +161,14 @@ def check_names(options: Mapping[str, Any]) -> None:
 
 def check_values(options: Mapping[str, Any]) -> None:
     """Check which options exclude or require each other, and the values one by one."""
-    _check_combinations(options)
+    if not options.keys().isdisjoint(_COMBINED):
+        _check_combinations(options)
+    parameters = config_parameters()
     for name, value in options.items():
-        _check_value(name, value)
+        if name not in parameters and name not in OWN_OPTIONS:
+            raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
+        if value is not None or name not in _MAY_BE_NONE:
+            _CHECKS.get(name, _check_type_and_range)(name, value)
 
 
 def _check_combinations(options: Mapping[str, Any]) -> None:
@@ -181,24 +190,14 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
         raise TypeError("ssl_keyfile requires ssl_certfile")
 
 
-def _check_value(name: str, value: Any) -> None:
-    if name not in OWN_OPTIONS and name not in config_parameters():
-        raise TypeError(f"option {name!r} needs a newer uvicorn than the {uvicorn.__version__} that is installed")
-    if name in _CHECKS:
-        if value is not None or name == "stop_on_signals":
-            _CHECKS[name](value)
-    elif name in TIMEOUTS:
-        if check_timeout(name, value) is None and name == "drain_delay":
-            raise ValueError(f"drain_delay must be a limited number of seconds, not {value!r}")
-    elif name in _CHOICES:
-        _check_choice(name, value)
-    else:
-        _check_type_and_range(name, value)
+def _check_timeout(name: str, value: object) -> None:
+    if check_timeout(name, value) is None and name == "drain_delay":
+        raise ValueError(f"drain_delay must be a limited number of seconds, not {value!r}")
 
 
 def _check_type_and_range(name: str, value: Any) -> None:
     expected = _simple_types().get(name)
-    like, lowest, highest, message = _RANGES.get(name, ("", 0, 0, ""))
+    like, lowest, highest, message = _RANGES.get(name, _NO_RANGE)
     if expected is not None and (not isinstance(value, expected) or (type(value) is bool and bool not in expected)):
         if like in ("", "int"):
             like = " or ".join("None" if each is type(None) else each.__name__ for each in expected)
@@ -220,7 +219,7 @@ def _check_choice(name: str, value: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def _check_host(host: object) -> None:
+def _check_host(_name: str, host: object) -> None:
     hosts = [host] if isinstance(host, str) else host
     if not isinstance(hosts, Sequence) or isinstance(hosts, (bytes, bytearray)):
         raise TypeError(f"host must be a name, an address, a sequence of them or None, not {host!r}")
@@ -237,7 +236,7 @@ def _check_host(host: object) -> None:
             raise ValueError(f"host must be a bare name or address, not {each!r}; the port is an option of its own")
 
 
-def _check_uds(path: object) -> None:
+def _check_uds(_name: str, path: object) -> None:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
     if not isinstance(path, str):
@@ -246,7 +245,7 @@ def _check_uds(path: object) -> None:
         raise ValueError(f"uds must be the path of a file, not {path!r}; pass other sockets as sockets or fd")
 
 
-def _check_sockets(sockets: object) -> None:
+def _check_sockets(_name: str, sockets: object) -> None:
     if not isinstance(sockets, Sequence) or not all(isinstance(sock, socket.socket) for sock in sockets):
         raise TypeError(f"sockets must be a sequence of sockets, not {sockets!r}")
     if not sockets:
@@ -255,7 +254,7 @@ def _check_sockets(sockets: object) -> None:
         check_socket(sock, repr(sock))
 
 
-def _check_systemd(systemd: object) -> None:
+def _check_systemd(_name: str, systemd: object) -> None:
     if isinstance(systemd, bool):
         return
     if not isinstance(systemd, str):
@@ -264,7 +263,7 @@ def _check_systemd(systemd: object) -> None:
         raise ValueError(f"systemd must be the name of a socket, without colons, not {systemd!r}; True is for all")
 
 
-def _check_ssl(context: object) -> None:
+def _check_ssl(_name: str, context: object) -> None:
     if not isinstance(context, SSLContext):
         raise TypeError(f"ssl must be an ssl.SSLContext, not {context!r}")
     if context.protocol == PROTOCOL_TLS_CLIENT:
@@ -273,7 +272,7 @@ def _check_ssl(context: object) -> None:
         )
 
 
-def _check_signals(signals: object) -> None:
+def _check_signals(_name: str, signals: object) -> None:
     if isinstance(signals, bool):
         return
     if not isinstance(signals, Collection) or isinstance(signals, (str, bytes, bytearray, Mapping)):
@@ -287,7 +286,9 @@ def _check_signals(signals: object) -> None:
             raise ValueError(f"stop_on_signals: a program cannot handle {signal.Signals(each).name}")
 
 
-_CHECKS: dict[str, Callable[[Any], None]] = {
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(TIMEOUTS, _check_timeout),
+    **dict.fromkeys(_CHOICES, _check_choice),
     "host": _check_host,
     "uds": _check_uds,
     "sockets": _check_sockets,

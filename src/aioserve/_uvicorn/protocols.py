@@ -1,7 +1,7 @@
 """
 What state a connection is in, for each of uvicorn's protocols; and whose handler a task runs.
 
-Every function here answers a question, but for the first and the last. A connection is one of uvicorn's protocol
+Every function here answers a question, but for the first and the last two. A connection is one of uvicorn's protocol
 objects; a cycle is one request of it, with its response.
 """
 
@@ -149,3 +149,12 @@ def cancel_keep_alive_timer(connection: Any) -> None:
                 connection.timeout_keep_alive_task.cancel()
 
         cycle.on_response = without_timer
+
+
+def close_gracefully(connection: Any) -> None:
+    """Close an idle connection, or a WebSocket with 1012."""
+    try:
+        connection.shutdown()
+    except Exception:  # noqa: BLE001
+        # The protocol is in a state in which it cannot, as h11 after an invalid request.
+        connection.transport.abort()
