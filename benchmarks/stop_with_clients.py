@@ -33,9 +33,7 @@ LIMIT = peers.GRACE + 0.5
 class Peer:
     """One of the servers, whose process is replaced when it had to be ended."""
 
-    def __init__(
-        self, name: str, loop: str, interpreter: children.Interpreter = children.THIS, **options: Any
-    ) -> None:
+    def __init__(self, name: str, loop: str, interpreter: children.Interpreter = children.THIS, **options: Any) -> None:
         self.name = name
         self.options = options
         self.loop = loop
