@@ -22,7 +22,7 @@ from typing import Any
 
 from aioserve import _limits
 from aioserve._connections import Connections
-from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
+from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, StartupInterruptedError, describe_error
 from aioserve._lifespan import Lifespan
 from aioserve._net.listeners import Listener
 from aioserve._report import Report
@@ -106,7 +106,15 @@ class Engine(ServerTask):
         except BaseException as exc:  # noqa: BLE001 (nothing may leave the task, and the lifespan must be ended)
             self._crash("the server's own task failed while it was starting", exc)
             return
-        self.connections.acceptor.start()
+        try:
+            await self.connections.acceptor.start(self.lifespan.context)
+        except OSError as exc:
+            self.error = exc
+            return
+        except asyncio.CancelledError:  # while it waited for the lock of a Unix socket's directory
+            self._condition.force()
+            self.error = StartupInterruptedError("the server's own task was cancelled before it listened")
+            return
         self.started = True
         for listener, url in zip(self.listeners, self.urls, strict=True):
             where = f"unix socket {listener.path}" if isinstance(listener.path, str) else url

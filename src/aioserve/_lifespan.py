@@ -8,6 +8,7 @@ failed nor, with ``lifespan="auto"``, that anything did. (ASGI, "Lifespan Protoc
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ class Lifespan:
         self.is_stuck: bool = False
         """Whether it was cancelled and is still running."""
         self.is_over: bool = mode == "off"
+        self.context: contextvars.Context = contextvars.copy_context()
+        """The context variables that the handlers see; the app's startup may have set some."""
 
         self._app = app
         self._mode = mode
@@ -205,6 +208,7 @@ class Lifespan:
         match message["type"]:
             case "lifespan.startup.complete":
                 self._started = True
+                self.context = contextvars.copy_context()
             case "lifespan.startup.failed" | "lifespan.shutdown.failed":
                 self._failure = str(message.get("message") or "")
             case "lifespan.shutdown.complete":

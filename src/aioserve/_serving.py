@@ -191,7 +191,7 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
 async def start_with(settings: Settings, signals: Signals, listeners: Sequence[Listener] | None = None) -> Server:
     """Start a server, unless a signal comes; on listeners, where there are some already."""
     if listeners is None:
-        listeners = await listen(settings, signals)
+        listeners = await bind(settings, signals)
     try:
         with signals:  # a signal interrupts the import
             load_config(settings.config, settings.ssl)
@@ -220,13 +220,13 @@ async def wait_started(server: ServerHandle, signals: Signals) -> None:
         raise
 
 
-async def listen(settings: Settings, signals: Signals) -> list[Listener]:
-    """Listen where the settings say, unless a signal comes."""
+async def bind(settings: Settings, signals: Signals) -> list[Listener]:
+    """Bind what the settings say, unless a signal comes."""
     if not settings.stop_on_signals:
-        return await settings.listen(settings.config.backlog)
+        return await settings.bind()
     async with InterruptScope() as scope:
         signals.on_signal(scope.interrupt)
-        return await settings.listen(settings.config.backlog)
+        return await settings.bind()
     raise interrupted(signals)
 
 

@@ -22,12 +22,12 @@ from aioserve._uvicorn.config import make_config
 _HOST = "127.0.0.1"
 _UDS_MODE = 0o600
 _NOT_PASSED = _options.OWN_OPTIONS | {"access_log"}
-_LISTEN_ON_FREE_PORT = partial(listeners.listen_on_addresses, _HOST, 0, reuse_port=False)
+_BIND_FREE_PORT = partial(listeners.bind_addresses, _HOST, 0, reuse_port=False)
 
 
 class Settings(NamedTuple):
     config: uvicorn.Config
-    listen: listeners.Listen
+    bind: listeners.Bind
     systemd_states: tuple[str, ...]
     """What systemd is told: "READY=1", "STOPPING=1"."""
     ssl: SSLContext | None
@@ -78,7 +78,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     systemd = options.get("systemd")
     return Settings(
         config=make_config(app, passed),
-        listen=_how_to_listen(options),
+        bind=_how_to_bind(options),
         # The stop of one of several servers, which are told apart by name, is not that of the service.
         systemd_states=("READY=1", "STOPPING=1") if systemd is True else ("READY=1",) if systemd else (),
         ssl=options.get("ssl"),
@@ -115,7 +115,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         _warn(f"ignored {ignored} of the uvicorn.Config, which cannot apply inside a running program")
     return Settings(
         config=config,
-        listen=_how_to_listen(where),
+        bind=_how_to_bind(where),
         systemd_states=(),
         ssl=None,
         access_log=config.access_log,
@@ -124,30 +124,30 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     )
 
 
-def _how_to_listen(options: Mapping[str, Any]) -> listeners.Listen:
+def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
     if options.keys().isdisjoint(_options.LISTEN_OPTIONS):
-        return _LISTEN_ON_FREE_PORT
+        return _BIND_FREE_PORT
     kind = next((name for name in ("uds", "fd", "sockets") if options.get(name) is not None), None)
     match kind:
         case "uds":
             path, mode = os.fspath(options["uds"]), options.get("uds_mode", _UDS_MODE)
-            listen: listeners.Listen = partial(listeners.listen_on_path, path, mode)
+            bind: listeners.Bind = partial(listeners.prepare_path, path, mode)
         case "fd":
-            listen = partial(listeners.listen_on_descriptors, [options["fd"]])
+            bind = partial(listeners.duplicate_descriptors, [options["fd"]])
         case "sockets":
-            listen = partial(listeners.listen_on_sockets, options["sockets"])
+            bind = partial(listeners.duplicate_sockets, options["sockets"])
         case _:
             host, port, shared = options.get("host", _HOST), options.get("port", 0), options.get("reuse_port", False)
-            listen = partial(listeners.listen_on_addresses, host, port, reuse_port=shared)
+            bind = partial(listeners.bind_addresses, host, port, reuse_port=shared)
 
     systemd = options.get("systemd", False)
     if systemd is False or systemd is None:
-        return listen
+        return bind
     if kind in ("fd", "sockets"):
         raise TypeError(f"pass either systemd or {kind}, not both")
     has_fallback = kind is not None or "host" in options or "port" in options or options.get("reuse_port")
     name = None if systemd is True else systemd
-    return partial(listeners.listen_on_systemd_sockets, name, listen if has_fallback else None)
+    return partial(listeners.duplicate_systemd_sockets, name, bind if has_fallback else None)
 
 
 def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ fact (a task that ended, a connection that is gone), and every wait is bounded. 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 
 import anyio
 
@@ -55,7 +54,6 @@ class Shutdown:
         self._condition = condition
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()
 
     # Asked.
 
@@ -73,8 +71,7 @@ class Shutdown:
             # Where tasks start eagerly, a task can be inside any call of a protocol, and must not close it there.
             if begin and not (settings.drain_delay or settings.config.ssl or self._loop.get_task_factory()):
                 try:
-                    # What is accepted here must not run in the context of whoever asks.
-                    self._context.run(self._stop_accepting)
+                    self._stop_accepting()
                 except Exception as exc:  # noqa: BLE001 (it is raised at the end)
                     self.failure = exc
             self._connections.announce_close()

@@ -130,8 +130,8 @@ def test_options_in_the_readme_are_all_the_options() -> None:
         assert getattr(parse(App, {name: defaults[name]}), name) == getattr(settings, name)
     for name in _options.LISTEN_OPTIONS:  # passing the default is the same as passing nothing
         rest = {"uds": "app.sock"} if name == "uds_mode" else {}
-        said: Any = parse(App, {**rest, name: defaults[name]}).listen
-        unsaid: Any = parse(App, rest).listen
+        said: Any = parse(App, {**rest, name: defaults[name]}).bind
+        unsaid: Any = parse(App, rest).bind
         assert (said.func, said.args, said.keywords) == (unsaid.func, unsaid.args, unsaid.keywords)
     for name in ("lifespan", "factory"):
         assert getattr(settings.config, name) == defaults[name]

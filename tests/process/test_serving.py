@@ -66,7 +66,7 @@ async def test_child_leaves_lent_sockets_to_the_next_server(monkeypatch: pytest.
     """They are never closed, and connections in their queue are answered by the next server."""
 
     def note(app: str, handover: Handover) -> Any:
-        lents.extend(lent for _fd, lent in handover.listeners)
+        lents.extend(lent for _fd, lent, *_ in handover.listeners)
         return spawn(app, handover)
 
     lents: list[bool] = []

@@ -97,15 +97,15 @@ async def test_port_zero_tries_another_port_if_one_is_taken_on_an_address(
 ) -> None:
     """The first address gives the port; if another address has that port taken, a new one is tried for all."""
     tried: list[tuple[str, int]] = []
-    listen_on = _sockets._listen_on_address
+    bind = _sockets._bind
 
     def taken_twice(family: int, sockaddr: tuple[str, int], port: int, *others: Any) -> socket.socket:
         tried.append((sockaddr[0], port))
         if sockaddr[0] == "127.0.0.2" and len(tried) < 5:
             raise OSError(errno.EADDRINUSE, "taken")
-        return listen_on(family, sockaddr, port, *others)
+        return bind(family, sockaddr, port, *others)
 
-    monkeypatch.setattr(_sockets, "_listen_on_address", taken_twice)
+    monkeypatch.setattr(_sockets, "_bind", taken_twice)
     async with serving(App(), host=["127.0.0.1", "127.0.0.2"]) as server:
         assert [sock.getsockname() for sock in server.sockets] == [
             ("127.0.0.1", server.port),
@@ -120,7 +120,7 @@ async def test_port_zero_gives_up_after_some_attempts(monkeypatch: pytest.Monkey
     def taken(*address: Any) -> socket.socket:
         raise OSError(errno.EADDRINUSE, "taken")
 
-    monkeypatch.setattr(_sockets, "_listen_on_address", taken)
+    monkeypatch.setattr(_sockets, "_bind", taken)
     with pytest.raises(OSError, match="taken"):
         async with serving(App()):
             raise AssertionError
@@ -132,14 +132,14 @@ async def test_machine_may_lack_one_address_family(
     host: str | None, lacking: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that stands for both families is served on the other one."""
-    listen_on = _sockets._listen_on_address
+    bind = _sockets._bind
 
     def without(family: int, *address: Any) -> socket.socket:
         if family == lacking:
             raise OSError(errno.EADDRNOTAVAIL, "no such family here")
-        return listen_on(family, *address)
+        return bind(family, *address)
 
-    monkeypatch.setattr(_sockets, "_listen_on_address", without)
+    monkeypatch.setattr(_sockets, "_bind", without)
     async with serving(App(), host=host) as server:
         (sock,) = server.sockets
         assert sock.family != lacking
@@ -152,7 +152,7 @@ async def test_machine_that_lacks_both_address_families_is_an_error(monkeypatch:
     def without(*address: Any) -> socket.socket:
         raise OSError(errno.EADDRNOTAVAIL, "no such family here")
 
-    monkeypatch.setattr(_sockets, "_listen_on_address", without)
+    monkeypatch.setattr(_sockets, "_bind", without)
     with pytest.raises(OSError, match="no such family here"):
         async with serving(App(), host=None):
             raise AssertionError

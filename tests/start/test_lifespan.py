@@ -156,15 +156,15 @@ async def test_lifespan_that_returns_after_the_startup_is_no_crash() -> None:
         assert server.is_serving()
 
 
-async def test_app_has_the_context_variables_of_the_task_that_started_it() -> None:
-    """Lifespan and handlers see them, and cannot change those of the task."""
+async def test_handlers_have_the_context_variables_of_the_starter_and_of_the_lifespan() -> None:
+    """A handler changes them neither for the next one nor for the task that has started the server."""
 
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append((scope["type"], variable.get()))
-        variable.set("changed by the app")
+        variable.set(f"set by the {scope['type']}")
         if scope["type"] == "http":
             await without_lifespan(scope, receive, send)
             return
@@ -175,8 +175,10 @@ async def test_app_has_the_context_variables_of_the_task_that_started_it() -> No
     variable.set("the starter's")
     async with serving(app) as server:
         await get(server)
+        await get(server)
 
     # Before uvicorn had the option reset_contextvars, it gave each request an empty context.
     inherited = "reset_contextvars" in inspect.signature(uvicorn.Config).parameters
-    assert seen == [("lifespan", "the starter's"), ("http", "the starter's" if inherited else "nothing")]
+    request = ("http", "set by the lifespan" if inherited else "nothing")
+    assert seen == [("lifespan", "the starter's"), request, request]
     assert variable.get() == "the starter's"

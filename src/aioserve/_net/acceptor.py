@@ -9,6 +9,7 @@ them by up to a minute, a plain one of the last turn leaks its socket, and what 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import logging
 import select
@@ -60,14 +61,21 @@ class Acceptor:
         self._backlog = backlog
         self._on_change = on_change
         self._serving = False
+        self._context: contextvars.Context
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
 
     def is_serving(self) -> bool:
         return self._serving and not self._loop.is_closed()
 
-    def start(self) -> None:
-        """Start accepting."""
+    async def start(self, context: contextvars.Context) -> None:
+        """Listen, and accept; connections get a copy of the context. An `OSError` says where it cannot listen."""
+        for listener in self._listeners:
+            await listener.listen(self._backlog)
         self._serving = True
+        self._context = context
+        context.run(self._add_readers)
+
+    def _add_readers(self) -> None:
         for sock in self.sockets:
             # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
             self._loop.add_reader(sock.fileno(), self._accept, sock)
@@ -84,7 +92,7 @@ class Acceptor:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
                 if not listener.lent and _is_readable(listener.socket):
-                    self._accept(listener.socket)
+                    self._context.run(self._accept, listener.socket)
             for retry in self._retries.values():
                 retry.cancel()
         for listener in self._listeners:

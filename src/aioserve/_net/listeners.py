@@ -1,8 +1,9 @@
 """
-Opens the listening sockets that the options ask for, and knows their URLs.
+Binds the sockets that the options ask for, knows their URLs, and lets them listen.
 
-This happens before the app's startup, and a busy port is an `OSError`, not uvicorn's `SystemExit`. A socket listens as
-soon as it is bound: with SO_REUSEADDR two programs can *bind* the same port, and only `listen()` fails for the second.
+They are bound before the app's startup, so that a busy port is an `OSError` (and not uvicorn's `SystemExit`) before the
+app has done anything. They listen after the startup: whoever connects earlier is refused, and waits in no queue. With
+SO_REUSEADDR two starting programs can bind the same port; then `listen()` fails for the second one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
@@ -36,34 +37,59 @@ _HINTS = {
     errno.EACCES: "a port below 1024 requires a privilege",
     errno.EADDRNOTAVAIL: "this machine does not have that address",
 }
+_CONNECTION = "it is a connection (systemd: set Accept=no)"
 
 
 class Listener:
     """
-    A listening socket, and what to clean up when it closes.
+    A socket that listens when the app has started, and what to clean up when it closes.
 
     Args:
-        sock: A socket of the server's own; a duplicate, if it is lent.
+        sock: A socket of the server's own, which is bound, but for one with a path; a duplicate, if it is lent.
         lent: Whether the connections in its queue belong to the next process that accepts on it.
-        file: Its file, if it is a Unix socket that the server has created; it is removed at the end.
+        path: Where a Unix socket is to appear, in a file that is removed at the end.
+        mode: The mode of that file.
+        name: What an error calls the socket, if not by its address.
     """
 
-    def __init__(self, sock: socket.socket, *, lent: bool = False, file: SocketFile | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, *, lent: bool = False, path: str | None = None, mode: int = 0, name: str = ""
+    ) -> None:
         self.socket = sock
         self.lent = lent
-        self._file = file
+        self.file_path, self.mode = path, mode
+        self._file: SocketFile | None = None
+        self._name = name
         self.host: str | None = None
         """The address that it is bound to, with its scope, if any; `None` for a Unix socket."""
         self.port: int | None = None
         self.path: str | bytes | None = None
         """The path of a Unix socket, or its abstract name as bytes."""
-        name = sock.getsockname()
-        if isinstance(name, tuple):
-            self.host, self.port, *rest = name
+        address = sock.getsockname() if path is None else path
+        if isinstance(address, tuple):
+            self.host, self.port, *rest = address
             if rest and rest[1]:  # with its interface, as in fe80::1%eth0
-                self.host, _ = socket.getnameinfo(name, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+                self.host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
         else:  # absolute, since the program may change its working directory
-            self.path = os.path.join(os.getcwd(), name) if isinstance(name, str) else name
+            self.path = os.path.join(os.getcwd(), address) if isinstance(address, str) else address
+
+    async def listen(self, backlog: int) -> None:
+        """Listen from now on; an `OSError` says where it cannot. The file of a Unix socket appears."""
+        if self.file_path is not None:
+            from aioserve._net import unix  # only where it is needed
+
+            self._file = await unix.listen(self.socket, self.file_path, self.mode, backlog)
+            return
+        try:
+            if os.name == "posix" and not self.lent:  # so that the port can be bound again while connections linger
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.listen(backlog)
+        except OSError as exc:
+            where = self._name or (
+                f"[{self.host}]:{self.port}" if ":" in (self.host or "") else f"{self.host}:{self.port}"
+            )
+            hint = _CONNECTION if self.lent and exc.errno == errno.EINVAL else _HINTS.get(exc.errno or 0)
+            raise _cannot_listen(where, exc, hint) from exc
 
     def url(self, scheme: str) -> str:
         """Return the URL for clients on this machine: a wildcard becomes loopback, IPv6 is in brackets."""
@@ -74,6 +100,14 @@ class Listener:
         if ":" in host:
             host = f"[{quote(host, safe=':')}]"  # the % of a scope is written %25: RFC 6874
         return f"{scheme}://{host}:{self.port}"
+
+    def adopt_file(self) -> None:
+        """Remove the file at the end also where another process, our child, has made it appear."""
+        if self.file_path is not None:
+            from aioserve._net import unix  # only where it is needed
+
+            with suppress(OSError):  # it has removed the file already
+                self._file = unix.SocketFile.at(self.file_path)
 
     def remove_file(self) -> None:
         """Remove the file of a Unix socket, so that no new client finds it."""
@@ -86,18 +120,18 @@ class Listener:
         self.socket.close()
 
 
-Listen: TypeAlias = Callable[[int], Awaitable[list[Listener]]]
-"""Takes a backlog, and opens all the sockets that the options ask for, or none; an `OSError` says which one failed."""
+Bind: TypeAlias = Callable[[], Awaitable[list[Listener]]]
+"""Makes all the listeners that the options ask for, or none; an `OSError` says which one failed."""
 
 
-async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
-    """Listen on all addresses of the hosts (`None`: every interface); port 0 is one free port for all of them."""
+async def bind_addresses(host: Host, port: int, *, reuse_port: bool) -> list[Listener]:
+    """Bind all addresses of the hosts (`None`: every interface); port 0 is one free port for all of them."""
     hosts = [host] if host is None or isinstance(host, str) else host
     unique = {address[1]: address for each in hosts for address in await _resolve(each)}
 
     for _ in range(_limits.SAME_PORT_ATTEMPTS if port == 0 else 1):
         try:
-            return _listen_on_all(unique.values(), port, backlog, reuse_port=reuse_port)
+            return _bind_all(unique.values(), port, reuse_port=reuse_port)
         except OSError as exc:
             error = exc
             if exc.errno != errno.EADDRINUSE:
@@ -110,37 +144,38 @@ async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port
     raise error from None  # the system's own error says the same in fewer words
 
 
-async def listen_on_path(path: str, mode: int, backlog: int) -> list[Listener]:
+async def prepare_path(path: str, mode: int) -> list[Listener]:
+    """Check that a Unix socket can appear there; it is bound when it listens, since until then it would look stale."""
     from aioserve._net import unix  # only where it is needed
 
-    sock, file = await unix.listen(path, mode, backlog)
-    return [Listener(sock, file=file)]
+    unix.check(path)
+    return [Listener(unix.create_socket(), path=path, mode=mode)]
 
 
-async def listen_on_sockets(sockets: Sequence[socket.socket], backlog: int) -> list[Listener]:
+async def duplicate_sockets(sockets: Sequence[socket.socket]) -> list[Listener]:
     """
-    Listen on duplicates of sockets that the caller has bound, so that several servers can accept on one socket.
+    Duplicate sockets that the caller has bound, so that several servers can accept on one socket.
 
     The originals stay open. They stay non-blocking, too: a socket shares that with all its duplicates, and setting it
     back would block the loop of any other server that has one.
     """
     for sock in sockets:
         sock.setblocking(False)
-    return _listen_on_duplicates(((repr(sock), sock.dup) for sock in sockets), backlog)
+    return _duplicates((repr(sock), sock.dup) for sock in sockets)
 
 
-async def listen_on_descriptors(descriptors: Sequence[int], backlog: int) -> list[Listener]:
-    return _listen_on_duplicates(((f"descriptor {each}", partial(_duplicate, each)) for each in descriptors), backlog)
+async def duplicate_descriptors(descriptors: Sequence[int]) -> list[Listener]:
+    return _duplicates((f"descriptor {each}", partial(_duplicate, each)) for each in descriptors)
 
 
-async def listen_on_systemd_sockets(name: str | None, fallback: Listen | None, backlog: int) -> list[Listener]:
-    """Listen on systemd's sockets, with one `FileDescriptorName` or any; if there are none, on the fallback."""
+async def duplicate_systemd_sockets(name: str | None, fallback: Bind | None) -> list[Listener]:
+    """Take systemd's sockets, with one `FileDescriptorName` or any; if there are none, the fallback."""
     from aioserve._net import systemd  # only where it is needed
 
     if descriptors := systemd.listen_fds(name):
-        return await listen_on_descriptors(descriptors, backlog)
+        return await duplicate_descriptors(descriptors)
     if fallback is not None:
-        return await fallback(backlog)
+        return await fallback()
     named = "" if name is None else f" named {name!r}"
     if name is not None and systemd.listen_fds():
         named += f" (only {', '.join(map(repr, systemd.names()))})"
@@ -164,22 +199,38 @@ def check_socket(sock: socket.socket, what: str) -> None:
         raise ValueError(f"{what} is not bound; bind it first")
 
 
-def _listen_on_duplicates(originals: Iterable[tuple[str, Callable[[], socket.socket]]], backlog: int) -> list[Listener]:
+def _duplicates(originals: Iterable[tuple[str, Callable[[], socket.socket]]]) -> list[Listener]:
     listeners = []
     with ExitStack() as undo:
-        for what, duplicate in originals:
+        for name, duplicate in originals:
             try:
                 sock = duplicate()
                 undo.callback(sock.close)
-                check_socket(sock, what)
+                check_socket(sock, name)
                 sock.setblocking(False)
-                sock.listen(backlog)
+                if _is_connected(sock):
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             except OSError as exc:
-                hint = "; it may be a connection (systemd: set Accept=no)" if exc.errno == errno.EINVAL else ""
-                raise OSError(exc.errno, f"cannot listen on {what}: {exc.strerror}{hint}") from exc
-            listeners.append(Listener(sock, lent=True))
+                raise _cannot_listen(name, exc, _CONNECTION if exc.errno == errno.EINVAL else None) from exc
+            listeners.append(Listener(sock, lent=True, name=name))
         undo.pop_all()
     return listeners
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _where(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _cannot_listen(where: str, exc: OSError, hint: str | None) -> OSError:
+    return OSError(exc.errno, f"cannot listen on {where}: {exc.strerror}{f'; {hint}' if hint else ''}")
 
 
 def _duplicate(descriptor: int) -> socket.socket:
@@ -194,11 +245,13 @@ _Address: TypeAlias = tuple[int, tuple[Any, ...], bool]
 """A family, an address of it, and whether its host has others, too, so that this machine may lack this family."""
 
 
-def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
+def _bind_all(addresses: Iterable[_Address], port: int, *, reuse_port: bool) -> list[Listener]:
+    # Where the kernel chooses the port, it is not to choose one that another program has bound, too.
+    reuse_address = os.name == "posix" and port != 0
     listeners: list[Listener] = []
     for family, sockaddr, optional in addresses:
         try:
-            listeners.append(Listener(_listen_on_address(family, sockaddr, port, backlog, reuse_port)))
+            listeners.append(Listener(_bind(family, sockaddr, port, reuse_address, reuse_port)))
             port = listeners[0].port or port
         except OSError as exc:
             missing = exc
@@ -211,28 +264,26 @@ def _listen_on_all(addresses: Iterable[_Address], port: int, backlog: int, *, re
     return listeners
 
 
-def _listen_on_address(family: int, sockaddr: Any, port: int, backlog: int, reuse_port: bool) -> socket.socket:
+def _bind(family: int, sockaddr: Any, port: int, reuse_address: bool, reuse_port: bool) -> socket.socket:
     host, _, *rest = sockaddr
     # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on kept-alive
     # connections take 40 ms.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setblocking(False)
-        if os.name == "posix":
+        if reuse_address:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((host, port, *rest))
-        sock.listen(backlog)
     except OSError as exc:
         sock.close()
-        bracketed = f"[{host}]" if family == socket.AF_INET6 else host
-        reason = f"{exc.strerror}"
+        hint = None
         if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
-            reason += "; a link-local address requires its interface, as in fe80::1%eth0"
-        raise OSError(exc.errno, f"cannot listen on {bracketed}:{port}: {reason}") from exc
+            hint = "a link-local address requires its interface, as in fe80::1%eth0"
+        raise _cannot_listen(_where(host, port), exc, hint) from exc
     return sock
 
 

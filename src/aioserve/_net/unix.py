@@ -58,27 +58,49 @@ class SocketFile(NamedTuple):
                 logger.warning("cannot remove the socket %s: %s", self.path, exc.strerror)
 
 
-async def listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFile]:
-    """Return a listening socket and its new file, which at no moment allows more than its mode."""
+def create_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    return sock
+
+
+def check(path: str) -> None:
+    """Raise an `OSError` if it is plain already that a socket cannot appear there."""
+    try:
+        directory = os.path.dirname(path) or "."
+        os.stat(os.path.join(directory, "."))
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with suppress(FileNotFoundError):
+            if _is_in_use(path):  # which also says whether the path is too long
+                raise OSError(errno.EADDRINUSE, "another server is listening there")
+            SocketFile.at(path)
+    except OSError as exc:
+        raise _cannot_listen(path, exc) from exc
+
+
+async def listen(sock: socket.socket, path: str, mode: int, backlog: int) -> SocketFile:
+    """Bind a socket and let it listen; return its new file, which at no moment allows more than its mode."""
     try:
         async with _locked(os.path.dirname(path) or "."):
-            return _listen(path, mode, backlog)
+            return _listen(sock, path, mode, backlog)
     except OSError as exc:
-        raise OSError(exc.errno or errno.ENAMETOOLONG, f"cannot listen on {path}: {exc.strerror or exc}") from exc
+        raise _cannot_listen(path, exc) from exc
 
 
-def _listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFile]:
-    with ExitStack() as undo:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        undo.callback(sock.close)
-        sock.setblocking(False)
-        with suppress(OSError):  # on Linux, the file then has this mode from the start
-            os.fchmod(sock.fileno(), mode)
+def _cannot_listen(path: str, exc: OSError) -> OSError:
+    return OSError(exc.errno or errno.ENAMETOOLONG, f"cannot listen on {path}: {exc.strerror or exc}")
+
+
+def _listen(sock: socket.socket, path: str, mode: int, backlog: int) -> SocketFile:
+    with suppress(OSError):  # on Linux, the file then has this mode from the start
+        os.fchmod(sock.fileno(), mode)
+    if not _try_bind(sock, path):
+        _remove_stale(path)
         if not _try_bind(sock, path):
-            _remove_stale(path)
-            if not _try_bind(sock, path):
-                raise OSError(errno.EADDRINUSE, "another server has just created a socket there")
-        file = SocketFile.at(path)
+            raise OSError(errno.EADDRINUSE, "another server has just created a socket there")
+    file = SocketFile.at(path)
+    with ExitStack() as undo:
         undo.callback(file.remove)
         if stat.S_IMODE(os.lstat(path).st_mode) != mode:
             try:
@@ -90,7 +112,7 @@ def _listen(path: str, mode: int, backlog: int) -> tuple[socket.socket, SocketFi
         if not file.exists():
             raise OSError(errno.EADDRINUSE, "another file has just replaced it")
         undo.pop_all()
-    return sock, file
+    return file
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ def run(app: str, descriptors: str) -> int:
     handover_file, events, lifeline = map(int, descriptors.split(","))
     with open(handover_file) as file:
         handover = messages.Handover(**json.load(file))
-    for fd in (events, lifeline, *(fd for fd, _lent in handover.listeners)):
+    for fd in (events, lifeline, *(fd for fd, *_ in handover.listeners)):
         os.set_inheritable(fd, False)
     sys.path[:] = handover.path
     signals = Signals((signal.SIGINT, signal.SIGTERM))
@@ -47,7 +47,10 @@ def run(app: str, descriptors: str) -> int:
 
     options = {"log_level": "warning", "stop_on_signals": True, **handover.options}
     options.setdefault("log_config", log_config(options["log_level"]))
-    listeners = [Listener(socket.socket(fileno=fd), lent=lent) for fd, lent in handover.listeners]
+    listeners = [
+        Listener(socket.socket(fileno=fd), lent=lent, path=path, mode=mode)
+        for fd, lent, path, mode in handover.listeners
+    ]
     try:
         settings = parse(app, options)
     except Exception as exc:  # noqa: BLE001 (a logging configuration can raise anything)

@@ -30,7 +30,7 @@ class Handover(NamedTuple):
     """What the child has to know before it starts."""
 
     options: dict[str, Any]
-    listeners: list[tuple[int, bool]]  # of each listening socket: its descriptor, and whether it is lent
+    listeners: list[tuple[int, bool, str | None, int]]  # of each socket: its descriptor, and as `Listener` takes it
     path: list[str]  # the parent's `sys.path`
     parent: int  # the parent's process id
     stop_timeout: float  # how long the child may take to stop when its parent has died

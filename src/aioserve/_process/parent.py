@@ -25,7 +25,7 @@ from aioserve._options import Options
 from aioserve._process import messages
 from aioserve._server import ServerHandle
 from aioserve._server_task import ServerTask
-from aioserve._serving import ServingContext, listen, wait_started
+from aioserve._serving import ServingContext, bind, wait_started
 from aioserve._settings import Settings, parse
 from aioserve._signals import Signals, signal_name
 
@@ -95,7 +95,7 @@ def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContex
         return parse(app, {name: value for name, value in options.items() if name not in _LOGGING_OPTIONS})
 
     async def start(settings: Settings, signals: Signals) -> ServerProcess:
-        child = ChildProcess(app, passed, settings, await listen(settings, signals))
+        child = ChildProcess(app, passed, settings, await bind(settings, signals))
         child.start()
         server = ServerProcess(child)
         await wait_started(server, signals)
@@ -131,7 +131,7 @@ class ChildProcess(ServerTask):
         budget = _limits.ORPHAN_SHUTDOWN if budget is None else budget
         handover = messages.Handover(
             options=self._options,
-            listeners=[(listener.socket.fileno(), listener.lent) for listener in self.listeners],
+            listeners=[(each.socket.fileno(), each.lent, each.file_path, each.mode) for each in self.listeners],
             path=[os.path.abspath(each) for each in sys.path],
             parent=os.getpid(),
             stop_timeout=_limits.longest_stop(self._settings.drain_delay, budget),
@@ -180,6 +180,8 @@ class ChildProcess(ServerTask):
         self._cancel_timer(self._on_startup_timeout)
         if event["event"] == "ready":
             self.started = True
+            for listener in self.listeners:
+                listener.adopt_file()
             self._settings.notify_systemd("READY=1")
             self._set_ready()
             return
@@ -316,7 +318,7 @@ def _spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[byte
         process = subprocess.Popen(  # noqa: S603 (ourselves)
             command,
             stdin=subprocess.DEVNULL,
-            pass_fds=(*fds, *(fd for fd, _lent in handover.listeners)),
+            pass_fds=(*fds, *(fd for fd, *_ in handover.listeners)),
             process_group=0,  # so that the terminal's Ctrl+C is only for the parent
         )
         undo.pop_all()
