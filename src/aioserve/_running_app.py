@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from aioserve._errors import ShutdownError, StartupError
@@ -47,6 +48,7 @@ class RunningApp:
         self._calls: set[_Call] = set()
         self._retired = False
         self._ended = False
+        self._variables: list[tuple[ContextVar[Any], Any]] = []  # that the app's startup has set
 
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None]
@@ -56,11 +58,14 @@ class RunningApp:
         self.task = asyncio.get_running_loop().create_task(self._run(), name="aioserve swappable")
 
     async def _run(self) -> None:
+        before = self.lifespan.context
         try:
             await self.lifespan.startup(self._startup_timeout)
         except StartupError as exc:
             self.error = exc
             return
+        context = self.lifespan.context
+        self._variables = [(each, value) for each, value in context.items() if before.get(each) is not value]
         self.started.set_result(None)
 
         # At the end of a loop this task is cancelled as well as its server. The server calls end() after its requests.
@@ -75,6 +80,8 @@ class RunningApp:
             self.error = exc
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for variable, value in self._variables:
+            variable.set(value)  # in the context of this request
         state = {**self.lifespan.state, **scope.get("state", {})}
         call = _Call({**scope, "state": state}, receive, send)
         self._calls.add(call)

@@ -5,6 +5,7 @@ What the requests see of a swap.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,7 +19,7 @@ from aioserve import (
     Swappable,
     serving,
 )
-from tests.helpers.apps import AppError, Receive, Scope, Send, without_lifespan
+from tests.helpers.apps import App, AppError, Receive, Scope, Send, without_lifespan
 from tests.helpers.clients import connect, get
 from tests.helpers.swapping import WHOLE_LIFE, Named, sending, swapping, switched
 from tests.helpers.turns import turns
@@ -226,3 +227,33 @@ async def test_server_can_cancel_a_handler_of_a_swappable_app() -> None:
     assert app.events == ["startup", "GET /hold", "cancelled /hold", "shutdown", "lifespan over"]
     assert server.report is not None
     assert [handler.path for handler in server.report.cancelled] == ["/hold"]
+
+
+async def test_requests_see_the_context_variables_that_the_startup_of_their_app_has_set() -> None:
+    """Those of the app that answers, and a request changes nothing for the next one."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
+
+    class Naming(App):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            self.seen: list[str] = []
+
+        async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+            variable.set(self.name)
+            await super().lifespan(scope, receive, send)
+
+        async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.seen.append(variable.get())
+            variable.set("a request's")
+            await super().request(scope, receive, send)
+
+    old, new = Naming("the old app's"), Naming("the new app's")
+    swappable = Swappable(old)
+    async with serving(swappable) as server:
+        await get(server)
+        await get(server)
+        await swappable.swap(new)
+        await get(server)
+    assert old.seen == ["the old app's"] * 2
+    assert new.seen == ["the new app's"]
