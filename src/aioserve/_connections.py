@@ -14,6 +14,9 @@ from typing import Any
 
 import uvicorn
 
+from aioserve import _limits
+from aioserve._finish import is_event_stream
+from aioserve._grace import GracePeriods
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
@@ -34,8 +37,8 @@ class Connections:
 
     _announced: bool = False  # responses say "connection: close"
     _closing: bool = False  # connections close as soon as they can
-    _waits_for_new: bool = True  # a connection that has sent nothing yet may still do so
     _disconnecting: bool = False  # handlers are told that their client has gone
+    _pending_timer: asyncio.TimerHandle | None = None
     _watch_is_due: bool = False
 
     def __init__(
@@ -63,7 +66,7 @@ class Connections:
         self._condition = condition
         self._has_tls = config.ssl is not None
 
-        self._new: set[Any] = set()  # those that may have sent nothing yet, while closing
+        self._graces = GracePeriods(self._close_partial)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -79,16 +82,6 @@ class Connections:
         if not protocols.is_http(connection):
             return protocols.is_handshake_complete(connection)
         return protocols.connection_state(connection) in ("idle", "busy") and not self._unread(connection)
-
-    def has_new(self) -> bool:
-        """Whether a connection is left that may still send its first request."""
-        return bool(self.acceptor.pending) or any(map(self._may_be_new, self._new))
-
-    def _may_be_new(self, connection: Any) -> bool:
-        """Whether nothing has been read from it that looks like a request. What is unread may be one."""
-        if protocols.has_had_request(connection):
-            return False
-        return self._state_of(connection) == "new" or self._unread(connection) > 0
 
     def is_finished(self) -> bool:
         return not (self.state.connections or self.acceptor.pending or self.has_handlers())
@@ -143,34 +136,46 @@ class Connections:
             if is_open and protocols.connection_state(connection) == "idle" and not self._unread(connection):
                 protocols.close_gracefully(connection)
 
-    def close_unneeded(self, *, wait_for_new: bool) -> None:
+    def close_unneeded(self) -> None:
         """
         Close the connections that are idle, WebSockets with 1012, and every other one as soon as it is idle.
 
-        With `wait_for_new`, a connection that has sent nothing yet may still send its first request.
+        Handlers of event streams are told at once that their client has gone. A connection from which a request may
+        still come is given some time for that, as is a TLS handshake.
         """
         self._closing = True
-        self._waits_for_new = wait_for_new
-        if not wait_for_new:
-            self.acceptor.drop_pending()
+        if self.acceptor.pending:
+            self._pending_timer = self._loop.call_later(_limits.TLS_HANDSHAKE, self.acceptor.drop_pending)
         self._watch_handlers()
         for connection in list(self.state.connections):
             self._close_if_unneeded(connection)
 
-    def _close_if_unneeded(self, connection: Any) -> None:
+    def _close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> None:
         if connection not in self.state.connections:
             return
         if not connection.transport.is_closing():
             state = self._state_of(connection)
-            if state == "busy" and self._disconnecting:
+            if state == "busy":
                 self._disconnect(connection)
-            if self._may_be_new(connection):
-                self._new.add(connection)
-            if state == "partial" and self._unread(connection):
-                self._loop.call_soon(self._close_if_unneeded, connection)  # once it is read
-            if state == "idle" or (state == "new" and not self._waits_for_new):
+            elif state == "idle":
                 protocols.close_gracefully(connection)
+            elif state == "new":
+                self._graces.begin(connection, _limits.FIRST_REQUEST if grace is None else grace)
+            elif self._unread(connection):
+                self._loop.call_soon(self._close_if_unneeded, connection)  # once it is read
+            else:
+                self._graces.begin(connection, _limits.PARTIAL_REQUEST)
         self.acceptor.hang_up_when_flushed(connection.transport)
+
+    def _close_partial(self, connection: Any) -> None:
+        """Close a connection that has not sent a whole request in time."""
+        if not connection.transport.is_closing() and self._owes_request(connection):
+            protocols.close_gracefully(connection)
+            self.acceptor.hang_up_when_flushed(connection.transport)
+
+    def _owes_request(self, connection: Any) -> bool:
+        """Whether it has sent no request that has no answer, or only a part of one."""
+        return self._state_of(connection) in ("new", "partial") and not self._unread(connection)
 
     def disconnect_handlers(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
@@ -179,13 +184,18 @@ class Connections:
         for task in list(self.state.tasks):
             cycle = protocols.unanswered_cycle_of(task)
             if cycle is not None:
-                disconnect(cycle, self._unread)
+                self._disconnect_cycle(cycle)
         for connection in list(self.state.connections):
             self._disconnect(connection)
 
     def _disconnect(self, connection: Any) -> None:
         for cycle in protocols.unanswered_cycles(connection):
-            disconnect(cycle, self._unread)
+            self._disconnect_cycle(cycle)
+
+    def _disconnect_cycle(self, cycle: Any) -> None:
+        is_stream = cycle.response_started and is_event_stream(cycle.scope)
+        if self._disconnecting or is_stream:
+            disconnect(cycle, self._unread, end_response=is_stream)
 
     def cancel_handlers(self) -> None:
         self._watch_handlers()
@@ -195,16 +205,23 @@ class Connections:
 
     def abort_connections(self) -> int:
         self.acceptor.drop_pending()
-        connections = list(self.state.connections)
-        for connection in connections:
-            # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
-            self.acceptor.raw_transport(connection.transport).abort()
-        return len(connections)
+        aborted = 0
+        for connection in list(self.state.connections):
+            if not connection.transport.is_closing() and self._owes_request(connection):
+                self._close_partial(connection)
+            else:
+                # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
+                self.acceptor.raw_transport(connection.transport).abort()
+                aborted += 1
+        return aborted
 
     def close(self) -> None:
         self.acceptor.close()
         for connection in list(self.state.connections) if self._has_tls else ():
             self.acceptor.forget(connection.transport)
+        self._graces.close()
+        if self._pending_timer is not None:
+            self._pending_timer.cancel()
         self.state.close()
 
     # What uvicorn's protocols tell.
@@ -215,8 +232,8 @@ class Connections:
         announce_close(connection, self)
         if self._closing:
             # It was accepted in the last moment, or has just been upgraded to a WebSocket.
-            self._new.add(connection)
-            self._loop.call_soon(self._close_if_unneeded, connection)
+            grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
+            self._loop.call_soon(functools.partial(self._close_if_unneeded, connection, grace=grace))
             self._watch_handlers_soon()
 
     def connection_removed(self, connection: Any) -> None:
@@ -229,19 +246,12 @@ class Connections:
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:
-            self._new.discard(connection)
+            self._graces.end(connection)
             self._watch_handlers_soon()
             self._condition.notify()
 
-    def request_started(self, connection: Any) -> None:
-        """A connection is making a request of what it has read, after the stop was asked for."""
-        if self._disconnecting:
-            self._loop.call_soon(self._close_if_unneeded, connection)  # once it is made
-        if self._closing:
-            self._watch_handlers_soon()
-
-    def response_completed(self, connection: Any) -> None:
-        """A connection has answered, after the stop was asked for."""
+    def progress_made(self, connection: Any) -> None:
+        """A request has come, or its response begins or is complete, after the stop was asked for."""
         if self._closing:
             self._loop.call_soon(self._close_if_unneeded, connection)  # once it is done with that
             self._watch_handlers_soon()

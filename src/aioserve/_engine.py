@@ -14,7 +14,6 @@ A start that fails goes from starting to closed. In every case `ready` is done a
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -151,7 +150,7 @@ class Engine(ServerTask):
         connections = self.connections
         for drop in (
             connections.acceptor.close,
-            functools.partial(connections.close_unneeded, wait_for_new=False),
+            connections.close_unneeded,
             connections.cancel_handlers,
             connections.abort_connections,
         ):

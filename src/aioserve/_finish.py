@@ -9,9 +9,17 @@ from typing import Any, Protocol
 
 from aioserve import _limits
 from aioserve._report import Report, UnfinishedHandler
+from aioserve._types import Scope
 from aioserve._waiting import Condition
 
 logger = logging.getLogger("aioserve")
+
+
+def is_event_stream(scope: Scope) -> bool:
+    """Whether a client has asked for server-sent events, whose stream has no end of its own."""
+    if scope["type"] != "http" or scope["method"] != "GET":
+        return False
+    return any(name == b"accept" and b"text/event-stream" in value.lower() for name, value in scope["headers"])
 
 
 class Work(Protocol):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 # Seconds.
 FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its first request
+PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
+TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
 LIFESPAN_GRACE = 1.0  # for a lifespan to end that was cancelled, or is forced to shut down
 ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example because no descriptor is left

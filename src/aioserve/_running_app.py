@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from aioserve._errors import ShutdownError, StartupError
-from aioserve._finish import finish
+from aioserve._finish import finish, is_event_stream
 from aioserve._lifespan import Lifespan
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._types import ASGIApp, Message, Receive, Scope, Send
@@ -97,7 +97,7 @@ class RunningApp:
         self._retired = True
         self._shutdown_timeout = timeout
         for call in self._calls:
-            call.close_websocket()
+            call.retire()
         self._condition.notify()
 
     def end(self) -> None:
@@ -155,7 +155,7 @@ class _Call:
         self._receiving: set[asyncio.Timeout] = set()
         self._answered = False  # a response has begun, or a WebSocket was accepted or refused
         self._disconnected = False  # receive() says that the client has gone
-        self._is_open = False  # a WebSocket that was accepted, and not closed by a swap
+        self._is_open = False  # a WebSocket was accepted, or a response has begun and is not complete
         self._retired = False
         self._closing: asyncio.Task[None] | None = None
         self._until_cancelled: asyncio.Timeout | None = None
@@ -189,6 +189,8 @@ class _Call:
                 self._closing.cancel()
         if (self._disconnected or until_cancelled.expired()) and not self._answered:
             await self._send_503()
+        elif self._disconnected and self._is_open and is_event_stream(self.scope):
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def receive(self) -> Message:
         if not self._disconnected:
@@ -213,16 +215,19 @@ class _Call:
             raise _ClosedError("the WebSocket was closed with 1012: its app has been replaced")
         self._answered = True
         await self._send(message)
-        if message["type"] == "websocket.accept":
+        if message["type"] == "http.response.body":
+            self._is_open = message.get("more_body", False)
+        elif message["type"] in ("websocket.accept", "http.response.start"):
             self._is_open = True
-            if self._retired:
-                self.close_websocket()
+        if self._retired:
+            self.retire()
 
-    def close_websocket(self) -> None:
-        """Close a WebSocket with 1012, now or when it is open."""
+    def retire(self) -> None:
+        """Close a WebSocket with 1012, and tell an event stream of a disconnect: now, or when it is open."""
         self._retired = True
-        if self._is_open:
-            self._is_open = False
+        if self._is_open and is_event_stream(self.scope):
+            self.disconnect()
+        elif self._is_open and self.scope["type"] == "websocket" and self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close(), name="aioserve websocket")
             self.disconnect()
 

@@ -4,8 +4,10 @@ How a server stops, from the call of `close()` to the last line.
     asked            `stopping` is set; from here every HTTP/1 response says "connection: close"
     drain            for `drain_delay`, it still accepts
     stop accepting   one last look at the kernel's queue, then the listeners close; idle connections close
-    settle           what has arrived is read; a connection that has sent nothing yet gets 0.25 s for a first request
-    finish           WebSockets get 1012; requests in flight run on, within `shutdown_timeout`
+    settle           what has arrived is read
+    finish           WebSockets get 1012, and event streams hear `http.disconnect`; requests in flight run on, within
+                     `shutdown_timeout`; a first request may come within 0.25 s, the rest of one, or a TLS handshake,
+                     within 1 s after the last byte
     disconnect       after `disconnect_after`, or when the budget is over, `receive()` says `http.disconnect`
     force            budget over: handlers are cancelled and awaited, the connections that are left are dropped
     end              the app's lifespan shuts down, after the last handler
@@ -137,17 +139,11 @@ class Shutdown:
 
     async def _finish(self) -> Report:
         connections, condition = self._connections, self._condition
-        budget = self._settings.shutdown_timeout
-
         # Settle.
         if not connections.is_settled():
             await condition.turns(_limits.SETTLING_TURNS)
         began = self._loop.time()
-        connections.close_unneeded(wait_for_new=True)
-        if connections.has_new():
-            grace = _limits.FIRST_REQUEST if budget is None else min(_limits.FIRST_REQUEST, budget)
-            await condition.wait_for(lambda: not connections.has_new() or self.is_expired, grace)
-            connections.close_unneeded(wait_for_new=False)
+        connections.close_unneeded()
         if condition.forced:
             await condition.turns(_limits.SETTLING_TURNS)
 
@@ -155,7 +151,7 @@ class Shutdown:
             connections,
             condition,
             name=self._name,
-            budget=budget,
+            budget=self._settings.shutdown_timeout,
             disconnect_after=self._settings.disconnect_after,
             since=began,
             is_expired=lambda: self.is_expired,

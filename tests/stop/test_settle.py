@@ -266,7 +266,7 @@ async def test_empty_lines_that_have_arrived_do_not_delay_the_stop(monkeypatch: 
 
 async def test_unfinished_tls_handshake_ends_with_the_stop(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """asyncio's own server would leave a task, a timer and a socket behind for a minute."""
-    monkeypatch.setattr(_limits, "FIRST_REQUEST", MOMENT)
+    monkeypatch.setattr(_limits, "TLS_HANDSHAKE", MOMENT)
     options, _ = tls
     server = await start(App(), shutdown_timeout=None, **options)
     async with connect(server) as silent, connect(server) as half:

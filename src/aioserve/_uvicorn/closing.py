@@ -34,7 +34,7 @@ class ClosingState:
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
-        self._observer.request_started(self._connection)
+        self._observer.progress_made(self._connection)
         return ClosingHeaders(self._connection, self._observer)
 
     @property
@@ -44,7 +44,7 @@ class ClosingState:
     @total_requests.setter
     def total_requests(self, value: int) -> None:
         self._observer.state.total_requests = value
-        self._observer.response_completed(self._connection)
+        self._observer.progress_made(self._connection)
 
 
 class ClosingHeaders(list[tuple[bytes, bytes]]):
@@ -62,6 +62,7 @@ class ClosingHeaders(list[tuple[bytes, bytes]]):
 
     def __add__(self, others: Any) -> Any:
         connection = self._connection
+        self._observer.progress_made(connection)
         is_upgraded = connection not in connection.connections
         if is_upgraded or self._observer.has_more_requests(connection):
             return [*self, *others]

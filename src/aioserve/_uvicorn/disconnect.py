@@ -13,21 +13,35 @@ from collections.abc import Callable
 from typing import Any
 
 from aioserve import _limits
-from aioserve._uvicorn.logs import silence_expected_errors
+from aioserve._uvicorn.logs import logger, silence_expected_errors
 
 
-def disconnect(cycle: Any, unread: Callable[[Any], int]) -> None:
+def disconnect(cycle: Any, unread: Callable[[Any], int], *, end_response: bool = False) -> None:
     """
     Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
 
-    For that, `unread` tells how many bytes of its connection have arrived and are not read yet.
+    For that, `unread` tells how many bytes of its connection have arrived and are not read yet. With `end_response`, a
+    handler that then returns and leaves its response unfinished has ended it, as far as the client sees.
     """
     if isinstance(cycle.message_event, _DisconnectEvent):
         return
-    silence_expected_errors(cycle)
+    silence_expected_errors(cycle, functools.partial(_end_response, cycle) if end_response else None)
     cycle.message_event = _DisconnectEvent(cycle, unread)
     cycle.__class__ = _disconnected_class(type(cycle))  # type: ignore[arg-type]
     cycle.message_event.wake_up()
+
+
+def _end_response(cycle: Any) -> None:
+    """Send the last chunk. It is little, so it is not kept back where the client reads slowly."""
+    paused, cycle.flow.write_paused = cycle.flow.write_paused, False
+    try:
+        cycle.send({"type": "http.response.body", "body": b"", "more_body": False}).send(None)
+    except StopIteration:
+        pass
+    except RuntimeError as exc:  # it has said how long it is, and is shorter
+        logger.debug("a stream could not be ended: %s", exc)
+    finally:
+        cycle.flow.write_paused = paused
 
 
 class _DisconnectEvent:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.config import LOGGING_CONFIG
@@ -16,31 +17,34 @@ logger = logging.getLogger("uvicorn.error")
 _UNFINISHED = tuple(f"ASGI callable returned without {what} response." for what in ("starting", "completing"))
 
 
-def silence_expected_errors(handled: Any) -> None:
+def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | None = None) -> None:
     """
     Keep uvicorn from logging what the stop brings about as an error of the app's.
 
     That is a handler's cancellation, and a response that it leaves unfinished after a disconnect. One line of ours says
-    both.
+    both. `on_unfinished` is called where a handler has left its response unfinished.
     """
     has_logger = handled
     if isinstance(getattr(handled, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own
         has_logger = handled.logger
     logger = getattr(has_logger, "logger", None)
     if isinstance(logger, logging.Logger) and not isinstance(logger, _QuietLogger):
-        has_logger.logger = _quiet_logger(logger)
+        has_logger.logger = _quiet_logger(logger) if on_unfinished is None else _QuietLogger(logger, on_unfinished)
 
 
 class _QuietLogger(logging.Logger):
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: logging.Logger, on_unfinished: Callable[[], object] = lambda: None) -> None:
         super().__init__(logger.name)
         self._logger = logger
+        self._on_unfinished = on_unfinished
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (logging's own)
         return self._logger.isEnabledFor(level)
 
     def error(self, msg: object, *args: object, **kwargs: Any) -> None:
-        if msg not in _UNFINISHED:
+        if msg in _UNFINISHED:
+            self._on_unfinished()
+        else:
             super().error(msg, *args, **{"stacklevel": 2, **kwargs})
 
     def handle(self, record: logging.LogRecord) -> None:

@@ -1,13 +1,14 @@
 """
 What state a connection is in, for each of uvicorn's protocols; and whose handler a task runs.
 
-Every function here answers a question, but for the first and the last two. A connection is one of uvicorn's protocol
+Every function here answers a question, but for the first and the last four. A connection is one of uvicorn's protocol
 objects; a cycle is one request of it, with its response.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeAlias
 
 import uvicorn
@@ -23,8 +24,7 @@ class Observer(Protocol):
     def state(self) -> ServerState: ...
     def connection_added(self, connection: Any) -> None: ...
     def connection_removed(self, connection: Any) -> None: ...
-    def request_started(self, connection: Any) -> None: ...
-    def response_completed(self, connection: Any) -> None: ...
+    def progress_made(self, connection: Any) -> None: ...
     def has_more_requests(self, connection: Any) -> bool: ...
 
 
@@ -149,6 +149,24 @@ def cancel_keep_alive_timer(connection: Any) -> None:
                 connection.timeout_keep_alive_task.cancel()
 
         cycle.on_response = without_timer
+
+
+def watch_bytes(connection: Any, on_bytes: Callable[[Any], None]) -> None:
+    """Call a function after each part of a request that arrives."""
+    if "data_received" in vars(connection):
+        return
+    received = connection.data_received
+
+    def data_received(data: bytes) -> None:
+        received(data)
+        on_bytes(connection)
+
+    connection.data_received = data_received
+    connection.transport.set_protocol(connection)  # uvloop's transports remember the method
+
+
+def stop_watching_bytes(connection: Any) -> None:
+    vars(connection).pop("data_received", None)
 
 
 def close_gracefully(connection: Any) -> None:
