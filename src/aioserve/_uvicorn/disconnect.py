@@ -20,7 +20,7 @@ def disconnect(cycle: Any, unread: Callable[[Any], int]) -> None:
     """
     Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
 
-    For that, `unread` tells how many bytes of its connection have arrived and are not read yet.
+    For that, `unread` tells how many bytes have arrived on a cycle's connection and are not read yet.
     """
     if isinstance(cycle.message_event, _DisconnectEvent):
         return
@@ -31,7 +31,7 @@ def disconnect(cycle: Any, unread: Callable[[Any], int]) -> None:
 
 
 class _DisconnectEvent:
-    """In place of a cycle's `asyncio.Event`: where there is no other message, it is the disconnect."""
+    """Replaces a cycle's `asyncio.Event`: when no message is left, `receive()` returns the disconnect."""
 
     def __init__(self, cycle: Any, unread: Callable[[Any], int]) -> None:
         self._cycle = cycle
