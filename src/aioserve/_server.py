@@ -122,9 +122,7 @@ class ServerHandle:
         self._check_caller("aclose()")
         self._engine.close(begin=True)
         cancelled = isinstance(exc, asyncio.CancelledError)
-        # A cancellation that comes from an anyio scope does not count.
-        from_scope = anyio.current_effective_deadline() == -math.inf
-        late = await self._outlast(cancellations=int(cancelled and not from_scope))
+        late = await self._outlast(cancellations=int(cancelled and _is_native(exc)))
         self._awaited = True
 
         # What is raised? A cancellation first, then the body's exception, then the server's.
@@ -172,8 +170,7 @@ class ServerHandle:
                 await closed.wait()
             except asyncio.CancelledError as exc:
                 late = exc
-                # One that comes from an anyio scope does not count.
-                cancellations = 0 if anyio.current_effective_deadline() == -math.inf else 1
+                cancellations = int(_is_native(exc))
             else:
                 return None
 
@@ -211,6 +208,11 @@ class ServerHandle:
             raise RuntimeError(
                 f"{called} in a request or the lifespan of this server would wait for itself; use close()"
             )
+
+
+def _is_native(cancellation: BaseException | None) -> bool:
+    """Whether it comes from `Task.cancel()`, and not from an anyio scope, whose cancellations say so."""
+    return anyio.current_effective_deadline() > -math.inf or "cancel scope" not in str(cancellation)
 
 
 class Server(ServerHandle):

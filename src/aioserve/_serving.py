@@ -284,11 +284,7 @@ class InterruptScope:
 
 
 class ServingContext(Generic[Handle]):
-    """
-    A server for the length of a block, once; a crash of the server and a signal cancel the body.
-
-    (An `asynccontextmanager` would be shorter, and a start and stop some 5 % slower.)
-    """
+    """A server for the length of a block, once; a crash of the server and a signal cancel the body."""
 
     _server: Handle
     _signals: Signals | None = None

@@ -183,11 +183,12 @@ def _listen_on_duplicates(originals: Iterable[tuple[str, Callable[[], socket.soc
 
 
 def _duplicate(descriptor: int) -> socket.socket:
-    original = socket.socket(fileno=descriptor)  # which finds out its family and type
+    duplicate = os.dup(descriptor)  # socket.dup() would change whether it blocks, which all duplicates share
     try:
-        return original.dup()
-    finally:
-        original.detach()
+        return socket.socket(fileno=duplicate)  # which finds out its family and type
+    except OSError:
+        os.close(duplicate)
+        raise
 
 
 _Address: TypeAlias = tuple[int, tuple[Any, ...], bool]
@@ -215,8 +216,9 @@ def _listen_on_address(family: int, sockaddr: Any, port: int, backlog: int, reus
     host, _, *rest = sockaddr
     # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on kept-alive
     # connections take 40 ms.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = None
     try:
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setblocking(False)
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -227,7 +229,8 @@ def _listen_on_address(family: int, sockaddr: Any, port: int, backlog: int, reus
         sock.bind((host, port, *rest))
         sock.listen(backlog)
     except OSError as exc:
-        sock.close()
+        if sock is not None:
+            sock.close()
         bracketed = f"[{host}]" if family == socket.AF_INET6 else host
         reason = f"{exc.strerror}"
         if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
@@ -259,7 +262,7 @@ async def _resolve(host: str | None) -> list[_Address]:
     except UnicodeError as exc:  # the "idna" codec rejects the name
         raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve host {host!r}: {exc}") from exc
     finally:
-        executor.shutdown(wait=not answer.cancelled(), cancel_futures=True)
+        executor.shutdown(wait=answer.done() and not answer.cancelled(), cancel_futures=True)
 
 
 def _parse(host: str, *, optional: bool = False) -> list[_Address]:
