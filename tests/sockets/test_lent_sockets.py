@@ -199,24 +199,12 @@ def with_tls() -> socket.socket:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).wrap_socket(tcp4(), server_side=True)
 
 
-@pytest.mark.parametrize("make", ["fit", "unfit"])
-async def test_descriptor_never_blocks_meanwhile(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All its duplicates share that, and another server's loop would be blocked in accept()."""
-    blocking: list[bool] = []
-
-    class Watched(socket.socket):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            blocking.append(os.get_blocking(lent.fileno()))
-
-    with tcp4() if make == "fit" else datagrams() as lent:
+async def test_descriptor_that_is_refused_stays_non_blocking() -> None:
+    """All duplicates share that, so the loop of its owner would be blocked."""
+    with datagrams() as lent:
         lent.setblocking(False)
-        with monkeypatch.context() as patch, contextlib.suppress(ValueError):
-            patch.setattr(socket, "socket", Watched)
-            async with serving(App(), fd=lent.fileno()):
-                pass
-        assert blocking
-        assert not any(blocking)
+        with pytest.raises(ValueError, match="only TCP sockets"):
+            await start(App(), fd=lent.fileno())
         assert not os.get_blocking(lent.fileno())
 
 
