@@ -117,7 +117,7 @@ class Connections:
     # The steps of a stop.
 
     def announce_close(self) -> None:
-        """Let every HTTP/1 response from here on say "connection: close"."""
+        """Let HTTP/1 responses from here on say "connection: close"; `ClosingHeaders` has the exceptions."""
         self._announced = True
         for connection in list(self.state.connections):
             if not connection.transport.is_closing():
@@ -125,9 +125,9 @@ class Connections:
 
     def close_idle(self) -> None:
         """
-        Close the HTTP connections that are idle. All others are left as they are, to be looked at once more.
+        Close idle HTTP connections; leave all others for `close_unneeded()`.
 
-        With TLS all are: its transports hold what they have read.
+        With TLS, leave all: the transport may hold data that nobody has processed.
         """
         if self._has_tls:
             return
@@ -180,7 +180,7 @@ class Connections:
     def disconnect_handlers(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
         self._disconnecting = True
-        # httptools' connections show the requests that wait behind the current one; for that, only its task does.
+        # Only httptools' connections list the requests that wait behind the current one; but each has its task.
         for task in list(self.state.tasks):
             cycle = protocols.unanswered_cycle_of(task)
             if cycle is not None:

@@ -3,7 +3,7 @@ The server's task: start, serve until asked to stop, stop, clean up.
 
 Its states, one after the other:
 
-    starting     the app's lifespan starts; the sockets are bound
+    starting     the app's lifespan starts; then the sockets listen
     serving      `started` is set, and `ready` is done
     stopping     a stop was asked for (see `_shutdown.py`), or the app's lifespan died
     closed       `closed` is set; `error` says what went wrong, `report` how the stop went
@@ -79,11 +79,11 @@ class Engine(ServerTask):
             await self._serve_until_asked()
             self.report, error = await self.shutdown.run(drain=self.started and not self.is_crashed)
             if self.shutdown.failure is not None:
-                self._note_crash("the server failed to begin its stop", self.shutdown.failure)
+                self._note_crash("the server failed to stop accepting", self.shutdown.failure)
             if self.error is None:
                 self.error = error
             elif error is not None and error.__cause__ is not self.error.__cause__:  # else it says the same
-                logger.error("the server had failed before, and then: %s", error, exc_info=error)
+                logger.error("the server had failed; its stop failed as well: %s", error, exc_info=error)
         except GeneratorExit:
             # Its loop was closed, and now it is garbage.
             self.connections.acceptor.close()
@@ -118,7 +118,8 @@ class Engine(ServerTask):
         for listener, url in zip(self.listeners, self.urls, strict=True):
             where = f"unix socket {listener.path}" if isinstance(listener.path, str) else url
             uvicorn_logger.info("Uvicorn running on %s%s", where, self.settings.started_hint)
-        self.settings.notify_systemd("READY=1")
+        if not self.is_stopping:
+            self.settings.notify_systemd("READY=1")
         self._set_ready()
 
         await self._condition.wait_for(lambda: self.shutdown.is_set or self.lifespan.died)
@@ -157,7 +158,7 @@ class Engine(ServerTask):
             try:
                 drop()
             except Exception:
-                logger.exception("the clean-up after that failed, too")
+                logger.exception("the clean-up failed as well")
         await self._condition.wait_for(connections.is_finished, _limits.CANCELLED_HANDLERS, even_if_forced=True)
         try:
             await self.lifespan.shutdown(0)

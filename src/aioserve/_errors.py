@@ -2,7 +2,8 @@
 The exceptions of aioserve.
 
 Where Python has a word already, that word stays: a busy port is an `OSError`, a misspelt option is a `TypeError`, a
-value out of range is a `ValueError`. Each class here carries the app's own exception, unchanged, as its `__cause__`.
+value out of range is a `ValueError`. `__cause__` is the app's own
+exception, unchanged, where there is one; for an app in a child process, a note has its traceback as text.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class StartupError(ServingError):
     """
     The app could not be imported, built by its factory, or started by its lifespan.
 
-    The block's body has not run, and nothing is left of the server. `__cause__` is the app's own exception; it is
-    `None` only where the app gave none, as with a bare ``lifespan.startup.failed``.
+    The block's body has not run, and nothing is left of the server. `__cause__` is the app's own exception, if there is
+    one.
     """
 
 
@@ -38,15 +39,15 @@ class StartupInterruptedError(StartupError):
     """
     The server was told to stop before it had started: by one of the `stop_on_signals`, or by ``close(timeout=0)``.
 
-    Nothing failed, so there is no `__cause__`. `serve()` returns normally after a signal.
+    There is no `__cause__`. `serve()` returns normally after a signal.
     """
 
 
 class ServerCrashedError(ServingError):
     """
-    The server died while the block's body was running. The body was cancelled.
+    The server died. In a block that was running, the body is cancelled.
 
-    `__cause__` is the exception that the app's lifespan raised while it was serving.
+    `__cause__` is the exception that the app's lifespan raised while it was serving, if it did.
     """
 
 
@@ -54,7 +55,7 @@ class ShutdownError(ServingError):
     """
     The app's lifespan failed at its shutdown, or did not finish it in time.
 
-    The requests have been answered and the port is free. `__cause__` is the app's own exception, or a `TimeoutError`.
+    The port is free. `__cause__` is the app's own exception, or a `TimeoutError`.
     """
 
 

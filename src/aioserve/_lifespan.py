@@ -1,9 +1,4 @@
-"""
-Runs the app's lifespan and keeps its exception.
-
-uvicorn's own class drops the exception and keeps no reference to its task. So a failed startup could say neither what
-failed nor, with ``lifespan="auto"``, that anything did. (ASGI, "Lifespan Protocol", version 2.0.)
-"""
+"""Runs the app's lifespan (ASGI, "Lifespan Protocol", 2.0) and keeps its exception, which uvicorn's own class drops."""
 
 from __future__ import annotations
 
@@ -112,7 +107,7 @@ class Lifespan:
         if self._awaits_shutdown:
             self._shutdown.set()
 
-    async def shutdown(self, timeout: float | None = None) -> None:
+    async def shutdown(self, timeout: float | None) -> None:
         """
         Let the app shut down, within `timeout` seconds: at least `LIFESPAN_GRACE`, and no more than that when forced.
 
@@ -140,7 +135,8 @@ class Lifespan:
                 await self._abandon()
             if not ended:
                 outcome = "cancelled, and is still running" if self.is_stuck else "cancelled"
-                allowed = f"{took:.3g} s (the shutdown_timeout, but at least 1 s)"
+                limit = "a forced stop" if self._condition.forced else "the shutdown_timeout, but at least 1 s"
+                allowed = f"{took:.3g} s ({limit})"
                 message = f"the app's lifespan did not shut down within {allowed}; it was {outcome}"
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 

@@ -18,12 +18,11 @@ FILE_LOCK_TIMEOUT = 1.0  # for all these tries
 CHILD_EXIT = 1.0  # for a child process to exit when its server has stopped, and to react when it is forced
 ORPHAN_SHUTDOWN = 10.0  # the shutdown timeout of a child whose parent has died, if its own is unlimited
 ENDING_THREADS = 5.0  # for threads to end, in a check for leaks; a loop tells its workers to end when it closes
-_FOREVER = 1e9  # some thirty years: the longest time that a loop's timer can be set to
+_FOREVER = 1e9  # some thirty years; more counts as no limit
 
 # Turns of the event loop.
-# Until a connection that was accepted, closed or aborted is known, or gone, and what had arrived on it is read: one for
-# the task that makes it, one for connection_made(), one to look at the socket, one to read it. Most handlers have
-# accepted their WebSocket by then.
+# For a connection that was accepted, closed or aborted to become known, or to go, and for its data to be read: task,
+# connection_made(), select, read. Most handlers have accepted their WebSocket by then.
 SETTLING_TURNS = 4
 LAST_MESSAGE_TURNS = 10  # for a handler that was told of a disconnect to send a last message
 BODY_TURNS = 100  # for a handler to read what has arrived of a body before that: enough for all that a kernel keeps

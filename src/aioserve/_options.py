@@ -1,9 +1,4 @@
-"""
-Which options exist, which are refused, and why.
-
-Everything that can be known to be wrong before anything starts is found here, and reported with the value and with what
-to do.
-"""
+"""Which options exist, which are refused, and why."""
 
 # Without annotations from the future: a TypedDict compiles each that is a string, which would take long at the import.
 
@@ -101,17 +96,17 @@ LISTEN_OPTIONS = frozenset({"host", "port", "reuse_port", "uds", "uds_mode", "fd
 OWN_OPTIONS = frozenset({*LISTEN_OPTIONS, *TIMEOUTS, "ssl", "stop_on_signals"})
 """Those that are not passed to `uvicorn.Config`."""
 
-_RELOAD = "reloading restarts the process, and this process is yours"
-_WORKERS = "there are no worker processes: the server runs inside this process"
+_RELOAD = "aioserve does not restart processes; use a file watcher"
+_WORKERS = "aioserve has no worker processes"
 
 # Options of uvicorn.Config that make no sense in a loop that is running already.
 REFUSED = {
-    "callback_notify": "there is no tick here that could call it; run a task of your own",
-    "env_file": "it would change the environment of your whole program; load it yourself before",
+    "callback_notify": "aioserve has no tick that calls it; run a task of your own",
+    "env_file": "aioserve does not change the environment; load the file before the start",
     "http2": "uvicorn's is experimental: in a stop, new streams get a 503, and the GOAWAY comes only at the very end",
     "loop": "the server runs in the loop that is running already",
     "timeout_graceful_shutdown": "use shutdown_timeout",
-    "timeout_notify": "there is no tick here that could call callback_notify; run a task of your own",
+    "timeout_notify": "aioserve has no tick that calls callback_notify; run a task of your own",
 } | dict.fromkeys(("reload", "reload_delay", "reload_dirs", "reload_excludes", "reload_includes"), _RELOAD)
 REFUSED |= dict.fromkeys(("timeout_worker_healthcheck", "workers"), _WORKERS)
 
@@ -126,10 +121,10 @@ _CHOICES = {
 
 _MAX_INT = 2**31 - 1
 
-# What each must be, from where to where, and what to say outside of that.
+# Type, minimum, maximum, and the message for values outside.
 _RANGES = {
-    "port": ("an int", 0, 65535, "port must be from 0 to 65535, and {0} is not; 0 takes a free one"),
-    "uds_mode": ("an int like 0o660", 0, 0o777, "uds_mode must be from 0 to 0o777, and {0} is {0:#o}"),
+    "port": ("an int", 0, 65535, "port must be from 0 to 65535, not {0}; 0 takes a free one"),
+    "uds_mode": ("an int like 0o660", 0, 0o777, "uds_mode must be from 0 to 0o777, not {0:#o}"),
     "fd": ("the number of a descriptor", 0, _MAX_INT, "fd must be the number of a descriptor, from 0 on, not {0}"),
 } | {
     name: ("int", 1, _MAX_INT, f"{name} must be 1 or more, and no more than {_MAX_INT}, not {{0}}")
@@ -150,7 +145,7 @@ def check_names(options: Mapping[str, Any]) -> None:
     """Raise a `TypeError` where an option is unknown or refused."""
     for name in options:
         if name in REFUSED:
-            raise TypeError(f"option {name!r} is not for a server inside a running program: {REFUSED[name]}")
+            raise TypeError(f"option {name!r} is not supported: {REFUSED[name]}")
         if name not in Options.__optional_keys__:
             import difflib  # only for a misspelt option
 

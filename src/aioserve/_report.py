@@ -1,7 +1,7 @@
 """
 What a server says about itself: what it is doing, and how it was closed.
 
-These classes are namespaces, and not dataclasses, since a dataclass takes a millisecond to make at the import.
+(A dataclass would take a millisecond at the import.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UnfinishedHandler(SimpleNamespace):
         client = ":".join(map(str, self.client)) if self.client else "?"
         inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
         where = f" in {inner[-1]}" if inner else ""
-        return f"{self.method} {self.path} of {client}{where}{', which is still running' if self.stuck else ''}"
+        return f"{self.method} {self.path} from {client}{where}{', which is still running' if self.stuck else ''}"
 
 
 class Report(SimpleNamespace):

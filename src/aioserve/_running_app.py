@@ -1,9 +1,8 @@
 """
 An app of a `Swappable`, from the start of its lifespan to its end; and its calls, one for each request.
 
-A call stays in the task that the server has made for its request. Where something has to be interrupted there (the
-call itself, or its `receive()`), an `asyncio.timeout()` without a time does it, whose time is set to now: a
-cancellation that nobody sees outside of it.
+Calls run in the server's own task. To interrupt one, or its `receive()`, an `asyncio.timeout(None)` is rescheduled to
+now, so that the server sees no cancellation.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class RunningApp:
         self._variables = [(each, value) for each, value in context.items() if before.get(each) is not value]
         self.started.set_result(None)
 
-        # At the end of a loop this task is cancelled as well as its server. The server calls end() after its requests.
+        # When the loop ends, this task and the server's are both cancelled; the server calls end() after its requests.
         await self._condition.wait_for(lambda: self._retired or self._ended or self.lifespan.died, even_if_forced=True)
         if self._retired:
             await finish(self, self._condition, name="the replaced app", budget=self._shutdown_timeout)

@@ -13,6 +13,7 @@ import anyio
 import uvicorn
 
 from aioserve._engine import Engine
+from aioserve._errors import describe_error
 from aioserve._limits import check_timeout
 from aioserve._report import Report, Stats
 from aioserve._server_task import ServerTask
@@ -54,12 +55,12 @@ class ServerHandle:
 
     @property
     def port(self) -> int | None:
-        """The port, the same on every address: the real one where 0 was asked for; `None` for a Unix socket."""
+        """The port of the first address: the real one where 0 was asked for; `None` for a Unix socket."""
         return self._engine.listeners[0].port
 
     @property
     def report(self) -> Report | None:
-        """How it was closed, and what had to be forced; `None` before that, and where a child process was killed."""
+        """How it was closed, and what had to be forced; `None` before that, and where the server could not report."""
         return self._engine.report
 
     def close(self, timeout: float | None = None) -> None:
@@ -121,7 +122,7 @@ class ServerHandle:
         self._check_caller("aclose()")
         self._engine.close(begin=True)
         cancelled = isinstance(exc, asyncio.CancelledError)
-        late = await self._outlast(cancellations=1 if cancelled else 0)
+        late = await self._outlast(cancellations=int(cancelled and _is_native(exc)))
         self._awaited = True
 
         # What is raised? A cancellation first, then the body's exception, then the server's.
@@ -132,7 +133,7 @@ class ServerHandle:
                 raise error
             return
         if error is not None and error is not raised:
-            raised.add_note(f"aioserve: the server failed as well: {type(error).__name__}: {error}")
+            raised.add_note(f"aioserve: the server failed as well: {describe_error(error)}")
             logger.error("%s", error, exc_info=error)
         if raised is not exc:
             raise raised
@@ -169,8 +170,7 @@ class ServerHandle:
                 await closed.wait()
             except asyncio.CancelledError as exc:
                 late = exc
-                # One that comes from an anyio scope does not count.
-                cancellations = 0 if anyio.current_effective_deadline() == -math.inf else 1
+                cancellations = int(_is_native(exc))
             else:
                 return None
 
@@ -180,9 +180,9 @@ class ServerHandle:
             if cancellations > 1:
                 self.close(timeout=0)
 
-        from_scope = None if cancellations else late
-        native = await outlast(closed.is_set, closed.wait, count)
-        return native or from_scope if late is from_scope else late
+        first = late if cancellations else None
+        later = await outlast(closed.is_set, closed.wait, count)
+        return first or later or late
 
     def _status(self) -> str:
         raise NotImplementedError
@@ -208,6 +208,11 @@ class ServerHandle:
             raise RuntimeError(
                 f"{called} in a request or the lifespan of this server would wait for itself; use close()"
             )
+
+
+def _is_native(cancellation: BaseException | None) -> bool:
+    """Whether it comes from `Task.cancel()`, and not from an anyio scope, whose cancellations say so."""
+    return anyio.current_effective_deadline() > -math.inf or "cancel scope" not in str(cancellation)
 
 
 class Server(ServerHandle):

@@ -15,10 +15,10 @@ The exit contract, which is what the rest of this package is for:
    twice. A second native one (`Task.cancel()`) forces: no grace, but everything is still awaited.
 7. A stop signal, where `stop_on_signals` asks for it: the body is cancelled, and the block ends normally; `serve()`
    returns; a server from `start()` closes. All servers that asked for it end. A second signal forces, and cancels what
-   is left of the body once more. Before the body has begun, the start is given up: rule 1, but `serve()` returns.
+   is left of the body once more. Before the body has begun, the start is aborted: rule 1, but `serve()` returns.
    Signal handlers are put back as they were. By default, no signal is touched.
-8. Afterwards, always: no task, timer, socket or signal handler of the server is left, and the port can be bound again
-   at once.
+8. Afterwards: no task, timer, socket or signal handler of the server is left, except a handler or a lifespan that
+   ignores its cancellation (see `Report`); the port can be bound again at once.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             stays open. Default: `None`.
         sockets: Bound sockets to accept on, TCP or Unix, in place of a host and a port. They are lent: they are never
             closed, and what waits in their queue at the end is left to their next user. Default: `None`.
-        systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``), and only if there are none on
-            those of the other options; a string is the name of one of them. Where systemd asks for it
-            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; for one with a name, only when
-            it is ready. Default: `False`.
+        systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``); if there are none, on those of
+            the other options, if given. A string is the name of one of them. Where systemd asks for it
+            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; a server with a named socket
+            reports only that it is ready. Default: `False`.
         ssl: A ready `ssl.SSLContext`. You can load new certificates into it while the server runs. Default: `None`;
             uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
         lifespan: ``"auto"``, the default: an app may have no lifespan, but one that began it and raised has failed.
@@ -110,7 +110,7 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             message says which.
         StartupError: The app could not be imported or started; `__cause__` is the app's own exception.
         StartupTimeoutError: Its startup took too long.
-        StartupInterruptedError: A signal came before it had started.
+        StartupInterruptedError: A signal, or ``close(timeout=0)``, came before it had started.
         ServerCrashedError: The app's lifespan died while the body ran.
         ShutdownError: The app's lifespan failed at its shutdown.
         TypeError: An option is unknown, refused, of the wrong type, or cannot be combined with another.
@@ -159,7 +159,7 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
     """
     Serve an ASGI app until the task or the scope around it is cancelled, or the server closes.
 
-    In an anyio task group, this returns the `Server` once it has started:
+    In an anyio task group, `start()` returns the `Server` once it has started:
 
         server = await task_group.start(partial(serve, app, port=8000))
 
@@ -203,7 +203,7 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
         if isinstance(exc, Interrupted):
             raise interrupted(signals) from None
         if isinstance(exc, StartupError) and signals.first is not None:
-            raise interrupted(signals) from exc
+            raise interrupted(signals) from None
         raise
     await wait_started(server, signals)
     return server
@@ -259,8 +259,7 @@ class InterruptScope:
 
     def interrupt(self) -> None:
         """Cancel the block, from another task or from the loop."""
-        # So the block is waiting for something, and gets the cancellation there. It cannot end before it has got it,
-        # and leave it to the code behind it.
+        # The block cannot end before the cancellation arrives, so it cannot reach later code.
         self._interrupts += 1
         self._task.cancel()
 
@@ -276,8 +275,8 @@ class InterruptScope:
         has_others = left > self._before
         if not isinstance(exc, asyncio.CancelledError):
             return False
-        # If an anyio scope is cancelled as well, the two have come as one. The scope would not recognize ours, and
-        # would let it pass; here it can raise its own.
+        # If an anyio scope is cancelled too, both arrive as one CancelledError, which the scope would not recognize as
+        # its own. It raises its own here.
         from anyio.lowlevel import checkpoint_if_cancelled  # only where something was interrupted
 
         await checkpoint_if_cancelled()
@@ -285,12 +284,7 @@ class InterruptScope:
 
 
 class ServingContext(Generic[Handle]):
-    """
-    A server for the length of a block, once; a crash of the server and a signal cancel the body.
-
-    An `asynccontextmanager` would be shorter, and would make a start and stop some 5 % slower: a loop keeps a register
-    of its asynchronous generators.
-    """
+    """A server for the length of a block, once; a crash of the server and a signal cancel the body."""
 
     _server: Handle
     _signals: Signals | None = None
@@ -345,7 +339,7 @@ class ServingContext(Generic[Handle]):
 
     def _end_by_signal(self) -> None:
         assert self._signals is not None
-        logger.info("%s: ending the block of %s", self._signals.first, self._server.url)
+        logger.info("%s: cancelling the block of %s", self._signals.first, self._server.url)
         if self._signals.count > 1:
             self._server.close(timeout=0)
         self._body.interrupt()

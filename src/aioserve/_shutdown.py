@@ -1,7 +1,7 @@
 """
 How a server stops, from the call of `close()` to the last line.
 
-    asked            `stopping` is set; from here every HTTP/1 response says "connection: close"
+    asked            `stopping` is set; from here HTTP/1 responses say "connection: close"
     drain            for `drain_delay`, it still accepts
     stop accepting   one last look at the kernel's queue, then the listeners close; idle connections close
     settle           what has arrived is read
@@ -12,8 +12,9 @@ How a server stops, from the call of `close()` to the last line.
     force            budget over: handlers are cancelled and awaited, the connections that are left are dropped
     end              the app's lifespan shuts down, after the last handler
 
-So a request that had reached this machine is answered, and an idle connection is never waited for. Every wait is for a
-fact (a task that ended, a connection that is gone), and every wait is bounded. With nothing in flight no timer is made.
+So a request that had reached this machine is answered, and an idle connection is never waited for. Each wait ends with
+an event or at its limit; only `shutdown_timeout=None` has no limit. A stop that is forced (`Condition.force()`) waits
+only for what it has cancelled. Most stops of an idle server need no timer.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Shutdown:
     asked_at: float | None = None
     """When the stop was asked for first, in the loop's time."""
     failure: Exception | None = None
-    """What went wrong in a first phase that did not run in the server's task; that task runs it again."""
+    """What `_stop_accepting()` raised in the caller's step; the server's task calls it again."""
     is_set: bool = False
     is_expired: bool = False
     """Whether the deadline of a `close()` is over."""
@@ -63,7 +64,7 @@ class Shutdown:
         """
         Ask for the stop; a deadline, in the loop's time, can only shorten it.
 
-        With `begin`, the first phase runs in this very step, which saves a task that waits for the end two loop turns.
+        With `begin`, it stops accepting in this very step, which saves a task that waits for the end two loop turns.
         """
         if self.asked_at is None:
             settings = self._settings

@@ -67,7 +67,7 @@ class Signals:
         self._action = action
 
     def __enter__(self) -> None:
-        """Raise `Interrupted` in the block when a signal comes, or now if one has; for code that blocks the loop."""
+        """Make signals raise `Interrupted` in the block, for code that blocks the loop; at once if one has come."""
         try:
             self._interrupting = True  # from here on, a signal may raise it as well
             if self.count:
@@ -85,7 +85,7 @@ class Signals:
         handlers, self._handlers = self._handlers, []
         for handler in handlers:
             handler.users.discard(self)
-        # Otherwise it is collected as garbage, in any thread.
+        # Not when it is garbage that another thread collects: signal.signal() would raise.
         if handlers and threading.current_thread() is threading.main_thread():
             for signum in [each.signum for each in handlers]:
                 current = signal.getsignal(signum)

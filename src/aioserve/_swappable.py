@@ -221,7 +221,7 @@ class Swappable:
         if any(running.owns(asyncio.current_task()) for running in self._running):
             raise RuntimeError(
                 "swap() in a request or the lifespan of a swappable app would wait for itself; "
-                "call it in a task of its own"
+                "call it in a separate task"
             )
 
 

@@ -1,4 +1,4 @@
-"""How a server's own task starts, and how it waits: for facts, never by a clock, and never ended by a cancellation."""
+"""How a server's task starts and waits: for events, with optional timeouts; a cancellation does not end a wait."""
 
 from __future__ import annotations
 
@@ -86,8 +86,7 @@ class Condition:
         """
         Wait until the predicate holds, the timeout is over, or `force()` is called; return the predicate.
 
-        It is evaluated once for each loop turn in which something changed. With `even_if_forced`, only the timeout ends
-        the wait.
+        It is evaluated again after each `notify()`. With `even_if_forced`, only the timeout ends the wait.
         """
         if predicate():
             return True

@@ -168,6 +168,22 @@ def test_ready_fd_gets_the_error_when_the_start_fails() -> None:
     assert failed["error"]["message"] == "cannot load tests.helpers.broken_module:app: AppError: at import"
 
 
+def test_descriptor_that_cannot_be_served_is_an_error_of_the_start() -> None:
+    """It is told like any other, also to `--ready-fd`."""
+    reading, writing = os.pipe()
+    with socket.socket(type=socket.SOCK_DGRAM) as datagrams, open(reading) as reader:
+        fds = (datagrams.fileno(), writing)
+        options = (f"--fd={fds[0]}", f"--ready-fd={writing}")
+        with command("tests.helpers.apps:factory", "--factory", *options, pass_fds=fds) as program:
+            os.close(writing)
+            failed = json.loads(reader.read())
+            code, err = program.end()
+    assert code == 3
+    assert failed["error"]["type"] == "ValueError"
+    assert err == f"aioserve: cannot start: {failed['error']['message']}\n"
+    assert "only TCP sockets and Unix stream sockets can be served" in err
+
+
 def test_second_signal_forces_the_stop() -> None:
     """
     The first one waits for the request in flight. After a forced stop the exit code is 1, and a warning names the
@@ -289,10 +305,10 @@ def test_exception_of_the_app_is_reported_with_its_traceback(arguments: list[str
         ([], "Missing argument 'APP'."),
         (["app"], "an import string must look like \"package.module:attribute\", and 'app' does not"),
         (["a:b", "--prot=1"], "No such option.*--prot.*--port.*"),
-        (["a:b", "--workers=2"], "there is no option --workers: there are no worker processes: .*"),
-        (["a:b", "--reload"], "there is no option --reload: reloading restarts the process.*"),
+        (["a:b", "--workers=2"], "there is no option --workers: aioserve has no worker processes"),
+        (["a:b", "--reload"], "there is no option --reload: aioserve does not restart processes.*"),
         (["a:b", "--port=x"], "Invalid value for '--port': 'x' is not a valid integer."),
-        (["a:b", "--port=70000"], "port must be from 0 to 65535, and 70000 is not.*"),
+        (["a:b", "--port=70000"], "port must be from 0 to 65535, not 70000.*"),
         (["a:b", "--shutdown-timeout=long"], ".*'long' is not a number of seconds or none"),
         (["a:b", "--shutdown-timeout=-1"], "shutdown_timeout must be 0 or more seconds, not -1.0.*"),
         (["a:b", "--drain-delay=none"], "drain_delay must be a limited number of seconds, not None.*"),

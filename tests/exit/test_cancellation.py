@@ -118,6 +118,62 @@ async def test_second_cancellation_forces_the_stop() -> None:
     assert app.events == ["startup", "GET /hold", "cancelled /hold", "shutdown", "lifespan over"]
 
 
+async def test_cancellation_by_a_scope_is_not_the_first_of_two() -> None:
+    """A scope ends the body; the single native cancellation that comes in the stop does not force it."""
+    app = App()
+
+    async def block() -> None:
+        with anyio.CancelScope() as scope:
+            async with serving(app, shutdown_timeout=None) as server:
+                connection = await stack.enter_async_context(connect(server))
+                connection.ask("/hold")
+                await app.holding.wait()
+                stopping.append(server.stopping)
+                scope.cancel()
+                await anyio.sleep_forever()
+
+    stopping: list[anyio.Event] = []
+    async with contextlib.AsyncExitStack() as stack:
+        task = asyncio.create_task(block())
+        await app.holding.wait()
+        while not stopping:
+            await asyncio.sleep(0)
+        await stopping[0].wait()
+        task.cancel()
+        after(MANY_TURNS, app.release.set)
+        await asyncio.wait({task})
+    assert "answered /hold" in app.events
+    assert task.cancelled()
+
+
+async def test_native_cancellation_counts_beside_that_of_a_scope() -> None:
+    """So the next native one forces."""
+    app = App()
+
+    async def block() -> None:
+        with anyio.CancelScope() as scope:
+            async with serving(app, shutdown_timeout=None) as server:
+                connection = await stack.enter_async_context(connect(server))
+                connection.ask("/hold")
+                await app.holding.wait()
+                stopping.append(server.stopping)
+                task.cancel()
+                scope.cancel()
+                await asyncio.Event().wait()
+
+    stopping: list[anyio.Event] = []
+    async with contextlib.AsyncExitStack() as stack:
+        task = asyncio.create_task(block())
+        await app.holding.wait()
+        while not stopping:
+            await asyncio.sleep(0)
+        await stopping[0].wait()
+        task.cancel()
+        await asyncio.wait({task})
+    assert "cancelled /hold" in app.events
+    assert task.cancelled()
+
+
 async def test_second_cancellation_forces_when_the_first_one_reached_the_body() -> None:
     """The first one has cancelled the body, and so caused the stop."""
     app = App()

@@ -66,7 +66,7 @@ class Late(App):
     """An app that registers an exit hook, which takes a while."""
 
     async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        atexit.register(time.sleep, 1.2)  # longer than a child may take without `shutdown_timeout`
+        atexit.register(time.sleep, 1.2)  # longer than a child may take to exit if its `shutdown_timeout` is shorter
         await super().lifespan(scope, receive, send)
 
 

@@ -102,6 +102,14 @@ async def test_child_has_the_shutdown_timeout_for_its_exit_hooks() -> None:
 
 
 @pytest.mark.usefixtures("short_exit")
+async def test_child_without_a_shutdown_timeout_has_all_the_time_for_its_exit_hooks() -> None:
+    """`None` is no limit."""
+    async with serving_process("tests.helpers.children:late", shutdown_timeout=None) as server:
+        pass
+    assert server.returncode == 0
+
+
+@pytest.mark.usefixtures("short_exit")
 async def test_child_that_has_left_its_process_group_is_killed(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from aioserve import serving, start
 from aioserve._net import listeners as _sockets
 from tests.helpers.apps import App
 from tests.helpers.clients import connect, get
+from tests.helpers.turns import turns
 
 GONE = "192.0.2.1"  # for documentation: RFC 5737
 
@@ -68,6 +69,41 @@ async def test_host_name_is_resolved_and_leaves_no_thread() -> None:
     async with serving(App(), host=name) as server:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("aioserve")]
         assert await answers(server.url)
+
+
+async def test_start_that_is_closed_does_not_wait_for_the_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it is garbage, because its loop was closed."""
+    go_on = threading.Event()
+
+    def slow(host: str, flags: int) -> Any:
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror
+        assert go_on.wait(10)
+        return []
+
+    monkeypatch.setattr(_sockets, "_getaddrinfo", slow)
+    monkeypatch.setattr(_sockets, "_getaddrinfo_cached", slow)
+    starting = start(App(), host="slow.test")
+    starting.send(None)
+    starting.close()
+    assert not go_on.is_set()
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("aioserve-resolve"):
+            thread.join(10)
+    await turns(5)
+
+
+async def test_lack_of_descriptors_is_an_error_that_names_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of several could not be bound is told, whatever the reason."""
+
+    def none_left(*args: Any) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", none_left)
+        with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:0: Too many open files"):
+            await start(App())
 
 
 async def test_literal_address_is_resolved_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,15 @@ def with_tls() -> socket.socket:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).wrap_socket(tcp4(), server_side=True)
 
 
+async def test_descriptor_that_is_refused_stays_non_blocking() -> None:
+    """All duplicates share that, so the loop of its owner would be blocked."""
+    with datagrams() as lent:
+        lent.setblocking(False)
+        with pytest.raises(ValueError, match="only TCP sockets"):
+            await start(App(), fd=lent.fileno())
+        assert not os.get_blocking(lent.fileno())
+
+
 UNFIT = [
     (unbound_tcp, ValueError, "is not bound; bind it first"),
     (unbound_unix, ValueError, "is not bound; bind it first"),

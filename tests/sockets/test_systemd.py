@@ -14,7 +14,7 @@ import pytest
 
 from aioserve import StartupError, serving, start
 from aioserve._net import systemd as _systemd
-from tests.helpers.apps import App
+from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import get
 
 
@@ -151,6 +151,19 @@ async def test_server_of_one_systemd_socket_does_not_notify_of_its_stop(manager:
     async with serving(App(), systemd="web", port=0):
         assert notifications(manager) == [b"READY=1"]
     assert notifications(manager) == []
+
+
+async def test_systemd_is_not_told_that_a_server_is_ready_which_stops_already(manager: socket.socket) -> None:
+    """The stop was asked for during the startup; systemd would take READY for the newer state."""
+
+    class Leaving(App):
+        async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"]["aioserve"].close()
+            await super().lifespan(scope, receive, send)
+
+    async with serving(Leaving(), systemd=True, port=0):
+        pass
+    assert notifications(manager) == [b"STOPPING=1"]
 
 
 async def test_systemd_is_not_notified_of_a_start_that_fails(manager: socket.socket) -> None:

@@ -108,7 +108,7 @@ async def test_request_that_exceeds_the_budget_of_a_swap_gets_a_503(
         connection.ask("/")
         assert await connection.reader.readuntil(b"other")
     assert "the replaced app: forced shutdown: 0 handlers disconnected, 1 cancelled, 0 connections" in caplog.text
-    assert "(GET /hold of 127.0.0.1:" in caplog.text
+    assert "(GET /hold from 127.0.0.1:" in caplog.text
     assert server.report is not None
     assert (server.report.aborted, server.report.cancelled) == (0, ())
 
@@ -169,7 +169,7 @@ async def test_handler_that_swallows_its_cancellation_does_not_block_a_swap(capl
         await first.holding.wait()
         await swappable.swap(Named("other"), shutdown_timeout=0)
         assert first.life == WHOLE_LIFE
-        assert re.search(r"\(GET /cling of 127.* in .*, which is still running\)", caplog.text)
+        assert re.search(r"\(GET /cling from 127.* in .*, which is still running\)", caplog.text)
         first.release.set()
         assert await connection.reader.readuntil(b"first")
 

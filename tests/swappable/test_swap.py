@@ -149,7 +149,7 @@ async def test_request_cannot_swap_the_app_that_answers_it() -> None:
         await asyncio.wait_for(tasks[0], None)
         assert (await get(server)).text == "other"
     assert errors == [
-        "swap() in a request or the lifespan of a swappable app would wait for itself; call it in a task of its own"
+        "swap() in a request or the lifespan of a swappable app would wait for itself; call it in a separate task"
     ]
 
 

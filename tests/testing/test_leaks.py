@@ -97,7 +97,7 @@ class TestNothingLeft:
         done.assert_outcomes(failed=len(kinds))
         for said in kinds:
             done.stdout.fnmatch_lines(f"E * {said}*")
-        done.stdout.fnmatch_lines("E * AssertionError: this was left behind:")
+        done.stdout.fnmatch_lines("E * AssertionError: left behind:")
 
     def test_assert_nothing_left_in_a_fixture_fails_the_test(self, pytester: pytest.Pytester) -> None:
         """At its end, on each plugin's loop; the next test is not affected."""

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
-from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
+from uvicorn.config import HTTP_PROTOCOLS, LOGGING_CONFIG, WS_PROTOCOLS
 from uvicorn.importer import import_from_string
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.server import ServerState
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
@@ -516,6 +517,26 @@ def test_middleware_of_uvicorn_has_the_app_as_an_attribute() -> None:
     loaded = config.loaded_app
     assert type(loaded).__module__.startswith("uvicorn.middleware."), "What an app is could not be seen at its start."
     assert getattr(loaded, "app", None) is app, "No app could be loaded."
+
+
+def test_proxy_headers_middleware_has_an_app_and_trusted_hosts() -> None:
+    app: Any = App()
+    middleware = ProxyHeadersMiddleware(app, "127.0.0.1")
+    assert vars(middleware).keys() == {"app", "trusted_hosts"}, "A copied Config would have another middleware."
+
+
+def test_logging_config_has_a_handler_for_the_access_log() -> None:
+    assert "stream" in LOGGING_CONFIG["handlers"]["access"], "The command line would log to standard output."
+    assert LOGGING_CONFIG["formatters"], "The command line would not know whether to use colours."
+
+
+def test_limit_max_requests_of_a_server_has_the_jitter_in_it() -> None:
+    if "limit_max_requests_jitter" not in inspect.signature(uvicorn.Config).parameters:
+        pytest.skip("this uvicorn has no jitter")
+    config = uvicorn.Config(App(), limit_max_requests=100, limit_max_requests_jitter=10, log_config=None)
+    limits = {uvicorn.Server(config).limit_max_requests for _ in range(100)}
+    assert limits <= set(range(100, 111)), "The limit of requests would not be the one that was asked for."
+    assert len(limits) > 1, "There would be no jitter."
 
 
 @pytest.mark.parametrize(("option", "protocols"), [("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS)])

@@ -203,7 +203,7 @@ async def test_bug_in_the_beginning_of_the_stop_is_raised_at_the_end(monkeypatch
         await app.holding.wait()
         monkeypatch.setattr(Shutdown, "_stop_accepting", broken)
         asyncio.get_running_loop().call_soon(app.release.set)
-        with pytest.raises(ServerCrashedError, match="failed to begin its stop: ZeroDivisionError"):
+        with pytest.raises(ServerCrashedError, match="failed to stop accepting: ZeroDivisionError"):
             await server.aclose()
         assert (await connection.rest()).endswith(b"hello")
     assert app.events[-2:] == ["shutdown", "lifespan over"]

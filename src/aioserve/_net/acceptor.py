@@ -1,9 +1,8 @@
 """
 Accepts connections on listening sockets, on loops with `add_reader()`.
 
-asyncio's own servers do not track a connection between accept() and its protocol. One in its TLS handshake outlives
-them by up to a minute, a plain one of the last turn leaks its socket, and what waits in the kernel's queue is reset.
-(Accepting here costs as much as asyncio's own, and a tenth more than uvloop's.)
+asyncio's own servers do not track a connection between accept() and its protocol; docs/architecture.md says what that
+would cost.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Acceptor:
     """
     Accepts connections on listening sockets, and tracks those that it is still making.
 
-    For code that knows uvicorn, it is what `uvicorn.Server.servers` has an `asyncio.Server` for.
+    In `uvicorn.Server.servers` it takes the place of an `asyncio.Server`.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class Acceptor:
         return self._raw_transports.get(transport, transport)
 
     def hang_up_when_flushed(self, transport: Any) -> None:
-        """Wait for the client's part in closing a TLS connection no longer than until ours is sent."""
+        """Hang up a closing TLS connection once our data is sent; do not wait for the client's close_notify."""
         raw = self.raw_transport(transport)
         if raw is transport or not transport.is_closing() or transport in self._flush_watches:
             return

@@ -234,11 +234,12 @@ def _cannot_listen(where: str, exc: OSError, hint: str | None) -> OSError:
 
 
 def _duplicate(descriptor: int) -> socket.socket:
-    original = socket.socket(fileno=descriptor)  # which finds out its family and type
+    duplicate = os.dup(descriptor)  # socket.dup() would change whether it blocks, which all duplicates share
     try:
-        return original.dup()
-    finally:
-        original.detach()
+        return socket.socket(fileno=duplicate)  # which finds out its family and type
+    except OSError:
+        os.close(duplicate)
+        raise
 
 
 _Address: TypeAlias = tuple[int, tuple[Any, ...], bool]
@@ -268,8 +269,9 @@ def _bind(family: int, sockaddr: Any, port: int, reuse_address: bool, reuse_port
     host, _, *rest = sockaddr
     # asyncio sets TCP_NODELAY on connections only if the protocol is named here; without it, responses on kept-alive
     # connections take 40 ms.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = None
     try:
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setblocking(False)
         if reuse_address:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -279,7 +281,8 @@ def _bind(family: int, sockaddr: Any, port: int, reuse_address: bool, reuse_port
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((host, port, *rest))
     except OSError as exc:
-        sock.close()
+        if sock is not None:
+            sock.close()
         hint = None
         if exc.errno == errno.EINVAL and host[:3].lower() in ("fe8", "fe9", "fea", "feb"):
             hint = "a link-local address requires its interface, as in fe80::1%eth0"
@@ -310,7 +313,7 @@ async def _resolve(host: str | None) -> list[_Address]:
     except UnicodeError as exc:  # the "idna" codec rejects the name
         raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve host {host!r}: {exc}") from exc
     finally:
-        executor.shutdown(wait=not answer.cancelled(), cancel_futures=True)
+        executor.shutdown(wait=answer.done() and not answer.cancelled(), cancel_futures=True)
 
 
 def _parse(host: str, *, optional: bool = False) -> list[_Address]:

@@ -95,20 +95,23 @@ OWN_OPTIONS: list[click.Parameter] = [
     click.Option(["--host"], multiple=True, help="A name or an address; can be repeated.  [default: 127.0.0.1]"),
     click.Option(["--port"], type=int, help="0 takes a free port, the same on every address.  [default: 8000]"),
     click.Option(["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, not on TCP."),
-    click.Option(["--uds-mode"], type=octal, help="Its file's mode, like 660.  [default: 600]"),
-    click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on the inherited socket of this number."),
-    click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets; without any, as the others say."),
-    click.Option(["--systemd-name"], metavar="NAME", help="The same, but only those with this FileDescriptorName."),
+    click.Option(["--uds-mode"], type=octal, help="Mode of the socket file, like 660.  [default: 600]"),
+    click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on this inherited descriptor."),
+    click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets; without any, on the others."),
+    click.Option(["--systemd-name"], metavar="NAME", help="Only sockets with this FileDescriptorName."),
     click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),
     _seconds("--startup-timeout", "How long the app's startup may take.  [default: 60; none: no limit]"),
     _seconds("--shutdown-timeout", "How long requests in flight may take to finish.  [default: 10; none: no limit]"),
     _seconds("--drain-delay", "How long to keep accepting after a stop is asked for.  [default: 0]"),
-    _seconds("--disconnect-after", "How long until receive() says http.disconnect.  [default: the shutdown timeout]"),
+    _seconds(
+        "--disconnect-after",
+        "When receive() returns http.disconnect.  [default: the shutdown timeout]",
+    ),
     click.Option(
         ["--ready-fd"],
         metavar="NUMBER",
         type=writable,
-        help="Write one line of JSON to this descriptor and close it: where it serves, or why it cannot start.",
+        help="Write one line of JSON to this descriptor and close it: the URLs, or the error.",
     ),
     click.Option(
         ["--loop"],
@@ -142,8 +145,8 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     When it serves, it prints its URLs, one per line. It serves until Ctrl+C or SIGTERM, and then stops gracefully; a
     second signal forces the stop. Logs go to standard error.
 
-    Exit codes: 0 after a graceful stop; 1 after a forced stop or a crash; 2 for a wrong command line; 3 if it could not
-    start.
+    Exit codes: 0 after a graceful stop or an interrupted start; 1 after a forced stop, a crash or a failed shutdown; 2
+    for a wrong command line; 3 if it could not start.
     """
     if for_parent is not None:
         return child.run(app, for_parent)

@@ -182,7 +182,8 @@ class ChildProcess(ServerTask):
             self.started = True
             for listener in self.listeners:
                 listener.adopt_file()
-            self._settings.notify_systemd("READY=1")
+            if self._asked_at is None:
+                self._settings.notify_systemd("READY=1")
             self._set_ready()
             return
 
@@ -192,7 +193,8 @@ class ChildProcess(ServerTask):
         if event.get("report") is not None:
             self.report = messages.decode_report(event["report"])
         # The app may have threads and exit handlers that take time.
-        self._call_later(max(_limits.CHILD_EXIT, self._settings.shutdown_timeout or 0), self._kill)
+        if (budget := self._settings.shutdown_timeout) is not None:
+            self._call_later(max(_limits.CHILD_EXIT, budget), self._kill)
 
     def _on_exit(self) -> None:
         if self._pidfd is not None:
@@ -247,7 +249,7 @@ class ChildProcess(ServerTask):
     # Stopping the child.
 
     def close(self, deadline: float | None = None, *, begin: bool = False) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # its loop is closed, and so is the server
             self._loop.call_soon_threadsafe(self._close, deadline)
 
     def _close(self, deadline: float | None) -> None:

@@ -47,7 +47,7 @@ def run(
         try:
             try:
                 server = await start_with(settings, signals, listeners)
-            except (OSError, ServingError) as exc:
+            except (OSError, ValueError, ServingError) as exc:
                 on_event(messages.failed(exc))
                 return GRACEFUL if isinstance(exc, StartupInterruptedError) else NOT_STARTED
             server._engine.on_crash = lambda: None  # the event below reports it, so the engine need not log it

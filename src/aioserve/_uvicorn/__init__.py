@@ -8,7 +8,8 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
   takes one out and puts another in. `server_state.tasks` holds a task for each request or WebSocket.
 - HTTP protocols read their own `server_state.default_headers` at each request, and count up
   `server_state.total_requests` when a response is complete. In between there is `cycle`: with `scope`,
-  `transport`, `default_headers`, `response_complete`, `more_body`, `disconnected`, `message_event` and `logger`.
+  `transport`, `default_headers`, `response_complete`, `more_body`, `disconnected`, `message_event`, `on_response` and
+  `logger`. A protocol's `access_log` can be set, and `connections` is the state's.
 - Their `timeout_keep_alive_task` is a timer after a response, and `None` again as soon as more bytes have arrived. A
   lost connection can leave it behind.
 - Whether a part of a next request has arrived: httptools' `scope` and `pipeline` and h11's `conn.trailing_data` say so.
@@ -19,7 +20,8 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
 - A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope` and a `logger`.
 - `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`. An app that looks
   like ASGI 3 is not wrapped. All else in a loaded Config comes from the options, from FORWARDED_ALLOW_IPS, from the
-  logger's level, and from what `HTTP_PROTOCOLS` and `WS_PROTOCOLS` name.
+  logger's level, and from what `HTTP_PROTOCOLS` and `WS_PROTOCOLS` name. `ProxyHeadersMiddleware` has `app` and
+  `trusted_hosts`; `LOGGING_CONFIG` has a handler `access`; `Server.limit_max_requests` has the jitter in it.
 - Code that knows `uvicorn.Server` uses its `config`, `server_state`, `started`, `should_exit`, `force_exit`, `serve()`,
   `startup()` and `shutdown()`.
 

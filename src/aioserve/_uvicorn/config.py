@@ -16,7 +16,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from uvicorn.importer import import_from_string
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from aioserve._errors import StartupError
+from aioserve._errors import StartupError, describe_error
 from aioserve._types import Scope
 from aioserve._uvicorn.logs import logger
 
@@ -27,7 +27,7 @@ _WITH_EFFECTS = frozenset({"factory", "log_config", "log_level", *(f"ssl_{name}"
 
 def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
     """
-    Make uvicorn's Config: a copy of one that is made and loaded already, where that gives the same.
+    Make uvicorn's Config: where possible, a copy of one that is already loaded.
 
     To make and load one takes half as long as all the rest of a start, and most servers of a program differ only in
     their apps.
@@ -161,13 +161,13 @@ def _load(config: uvicorn.Config) -> None:
         config.load()
     except SystemExit as exc:
         reason = exc.__context__ or exc  # uvicorn's own has a context; one of the app's is the reason itself
-        raise StartupError(f"cannot load {app}: {type(reason).__name__}: {reason}") from reason
+        raise StartupError(f"cannot load {app}: {describe_error(reason)}") from reason
     except Exception as exc:
         if isinstance(exc, ssl.SSLError) and not hasattr(config, "ssl"):  # TLS comes before the app's import
             names = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers")
             given = ", ".join(f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name))
             raise type(exc)(exc.errno, f"{exc.strerror or exc}; with {given}") from exc
-        raise StartupError(f"cannot load {app}: {type(exc).__name__}: {exc}") from exc
+        raise StartupError(f"cannot load {app}: {describe_error(exc)}") from exc
     finally:
         config.proxy_headers = behind_proxies
 

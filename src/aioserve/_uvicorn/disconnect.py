@@ -20,8 +20,8 @@ def disconnect(cycle: Any, unread: Callable[[Any], int], *, end_response: bool =
     """
     Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
 
-    For that, `unread` tells how many bytes of its connection have arrived and are not read yet. With `end_response`, a
-    handler that then returns and leaves its response unfinished has ended it, as far as the client sees.
+    For that, `unread` tells how many bytes have arrived on a cycle's connection and are not read yet. With
+    `end_response`, a handler that then returns and leaves its response unfinished has ended it, as its client sees it.
     """
     if isinstance(cycle.message_event, _DisconnectEvent):
         return
@@ -45,7 +45,7 @@ def _end_response(cycle: Any) -> None:
 
 
 class _DisconnectEvent:
-    """In place of a cycle's `asyncio.Event`: where there is no other message, it is the disconnect."""
+    """Replaces a cycle's `asyncio.Event`: when no message is left, `receive()` returns the disconnect."""
 
     def __init__(self, cycle: Any, unread: Callable[[Any], int]) -> None:
         self._cycle = cycle

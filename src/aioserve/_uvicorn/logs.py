@@ -19,7 +19,7 @@ _UNFINISHED = tuple(f"ASGI callable returned without {what} response." for what 
 
 def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | None = None) -> None:
     """
-    Keep uvicorn from logging what the stop brings about as an error of the app's.
+    Keep uvicorn from logging errors that the stop causes.
 
     That is a handler's cancellation, and a response that it leaves unfinished after a disconnect. One line of ours says
     both. `on_unfinished` is called where a handler has left its response unfinished.

@@ -30,11 +30,11 @@ class Observer(Protocol):
 
 ConnectionState: TypeAlias = Literal["busy", "partial", "new", "idle"]
 """
-Why a connection cannot be closed yet:
+Whether a connection can be closed, by what has been read of it:
 
     busy       a request is being handled
     partial    a part of a request has arrived
-    new        nothing has arrived yet: a first request may be on its way
+    new        nothing has been read yet: a first request may be on its way
     idle       it can be closed
 """
 
@@ -93,7 +93,7 @@ def has_read_more(connection: Any) -> bool:
 
 
 def has_unread_body(connection: Any) -> bool:
-    """Whether a request has its answer, and the rest of its body may still come."""
+    """Whether the rest of the current request's body may still come."""
     return connection.cycle is not None and connection.cycle.more_body
 
 

@@ -38,7 +38,7 @@ class TrackedState(ServerState):
         self.date_timer = asyncio.get_running_loop().call_later(1.0, self.update_date)
 
     def close(self) -> None:
-        """Cancel the timer, and let go of the observer: so neither is garbage for a collector."""
+        """Cancel the timer and break the reference cycle with the observer."""
         if self.date_timer is not None:
             self.date_timer.cancel()
         if not self.connections:
@@ -46,7 +46,7 @@ class TrackedState(ServerState):
 
 
 class LimitedState(TrackedState):
-    """Tells at the very request that the limit is reached, where uvicorn looks ten times a second."""
+    """Calls back at the response that reaches the limit; uvicorn polls ten times a second."""
 
     def __init__(self, config: uvicorn.Config, observer: Observer, limit: int, on_limit: Callable[[int], None]) -> None:
         self._on_limit: Callable[[int], None] | None = on_limit

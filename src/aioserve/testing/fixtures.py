@@ -37,7 +37,7 @@ class LiveServerFactory(Protocol):
     """The type of the fixture `aioserve_live_server`."""
 
     def __call__(self, app: App, /, **options: Unpack[Options]) -> Server:
-        """Serve an app in a thread until then; arguments and errors are those of `live_server()`."""
+        """Serve an app in a thread until the end of the scope; arguments and errors are those of `live_server()`."""
 
 
 class Opened:

@@ -210,4 +210,4 @@ def _fail_if_any(differences: Iterator[str]) -> None:
     __tracebackhide__ = True
     lines = "\n".join(f"- {each}" for each in differences)
     if lines:
-        raise AssertionError(f"this was left behind:\n{lines}")
+        raise AssertionError(f"left behind:\n{lines}")

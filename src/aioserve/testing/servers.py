@@ -87,8 +87,8 @@ class CheckedServer:
             if forced := self._forced():
                 if raised is None:
                     raise AssertionError(
-                        f"{forced}. End in the test what it started, find out why the handler does not end, or give "
-                        "the server a longer shutdown_timeout"
+                        f"{forced}. Stop what the test started, find out why the handler does not end, or set a "
+                        "longer shutdown_timeout"
                     )
                 raised.add_note(f"aioserve: {forced}")
 
