@@ -96,8 +96,9 @@ async def test_event_stream_ends_when_its_app_is_swapped() -> None:
     async with serving(swappable) as server, following(server) as lines:
         await swappable.swap(streaming(), shutdown_timeout=None)
         assert [line async for line in lines] == [""]
-        async with following(server):
+        async with following(server) as lines:
             await server.aclose()
+            assert [line async for line in lines] == [""]
 
 
 async def test_event_stream_that_begins_during_the_stop_ends_as_well() -> None:
@@ -122,7 +123,9 @@ async def test_event_stream_that_begins_during_the_stop_ends_as_well() -> None:
 
 async def test_event_stream_goes_on_during_the_drain() -> None:
     """Until then, the server still accepts."""
-    async with serving(endless, shutdown_timeout=None, drain_delay=1000) as server, following(server):
+    async with serving(endless, shutdown_timeout=None, drain_delay=1000) as server, connect(server) as client:
+        client.writer.write(b"GET / HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n")
+        await client.reader.readuntil(b"data: 1\n\n")
         server.close()
         await turns(10)
         assert server.stats.in_flight == 1

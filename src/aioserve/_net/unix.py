@@ -71,10 +71,11 @@ def check(path: str) -> None:
         os.stat(os.path.join(directory, "."))
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if os.path.lexists(path):
+            SocketFile.at(path)
         with suppress(FileNotFoundError):
             if _is_in_use(path):  # which also says whether the path is too long
                 raise OSError(errno.EADDRINUSE, "another server is listening there")
-            SocketFile.at(path)
     except OSError as exc:
         raise _cannot_listen(path, exc) from exc
 
