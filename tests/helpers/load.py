@@ -5,7 +5,7 @@ Clients in a process of their own: a loop that they share with the server could 
 
 Each client sends one request after the other until its standard input ends, on a new connection for each or on one that
 it keeps alive, unless an answer says "connection: close". Then it prints one line of JSON: how many requests were
-answered, how many failed without a byte of an answer, and how many with a part of one.
+answered, how many failed without a byte of an answer, how many with a part of one, and how many took 3 seconds.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections import Counter
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n"
 FRESH_REQUEST = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
 
-counts: Counter[str] = Counter(answered=0, unanswered=0, broken=0)
+counts: Counter[str] = Counter(answered=0, unanswered=0, broken=0, stalled=0)
 
 
 async def client(port: int, ended: asyncio.Event, *, keep_alive: bool) -> None:
     """Send one request after the other."""
     writer = None
     while not ended.is_set():
+        began = time.monotonic()
         if writer is None:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
         head = b""
@@ -40,6 +42,7 @@ async def client(port: int, ended: asyncio.Event, *, keep_alive: bool) -> None:
         except ConnectionError:
             counts["broken" if head else "unanswered"] += 1
             head = b"connection: close"
+        counts["stalled"] += time.monotonic() - began > 3
         if b"connection: close" in head.lower():
             writer.transport.abort()
             writer = None

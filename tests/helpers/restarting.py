@@ -1,5 +1,5 @@
 """
-A server that is restarted on one lent socket, again and again, while clients in another process send requests.
+A server that is restarted again and again, while clients in another process send requests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aioserve import serving
+from aioserve import StartupError, serving, start
 
 LOAD = Path(__file__).parent / "load.py"
 
@@ -24,6 +24,12 @@ class Counting:
     def __init__(self) -> None:
         self.left = 0
         self.enough = asyncio.Event()
+
+    async def answers(self, number: int) -> None:
+        """Wait until so many more requests are answered."""
+        self.left = number
+        self.enough.clear()
+        await self.enough.wait()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -55,13 +61,60 @@ async def restart_under_load(*, restarts: int, clients: int, kind: str, **option
             assert load.stdin is not None
             assert load.stdout is not None
             for _ in range(restarts):
-                app.left = 2 * clients
-                app.enough.clear()
                 async with serving(app, sockets=[lent], **options):
-                    await app.enough.wait()
+                    await app.answers(2 * clients)
             async with serving(app, sockets=[lent]):
                 load.stdin.close()
                 counted = await asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
         assert load.returncode == 0
+    result: dict[str, int] = json.loads(counted)
+    return result
+
+
+class Slow(Counting):
+    """An app whose startup takes until the server before it has answered a number of requests; it may then fail."""
+
+    def __init__(self, before: Counting, requests: int, *, fails: bool) -> None:
+        super().__init__()
+        self.before = before
+        self.requests = requests
+        self.fails = fails
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.before.answers(self.requests)
+            if self.fails:
+                raise RuntimeError("as told")
+        await super().__call__(scope, receive, send)
+
+
+async def roll_under_load(*, restarts: int, clients: int, **options: Any) -> dict[str, int]:
+    """
+    Replace the server by a new one on the same port, each time when the new one has started; every fifth one fails.
+    """
+    app = Counting()
+    server = await start(app, reuse_port=True, **options)
+    assert server.port is not None
+    command = [sys.executable, str(LOAD), str(server.port), str(clients), "fresh"]
+    with (
+        ThreadPoolExecutor(1) as executor,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load,  # noqa: ASYNC220, S603
+    ):
+        assert load.stdin is not None
+        assert load.stdout is not None
+        for number in range(restarts):
+            new = Slow(app, clients, fails=number % 5 == 4)
+            try:
+                following = await start(new, port=server.port, reuse_port=True, **options)
+            except StartupError:
+                continue
+            await new.answers(clients)  # both answer
+            await server.aclose()
+            app, server = new, following
+            await app.answers(clients)
+        load.stdin.close()
+        counted = await asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
+    await server.aclose()
+    assert load.returncode == 0
     result: dict[str, int] = json.loads(counted)
     return result

@@ -1,12 +1,13 @@
 """
-Restarts on a lent socket, under load from clients in another process. `benchmarks/restarts.py` does it at full size.
+Restarts under load from clients in another process. `benchmarks/restarts.py` and `tests/integration` do more of them.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from tests.helpers.restarting import restart_under_load
+from tests.helpers.processes import linux_only
+from tests.helpers.restarting import restart_under_load, roll_under_load
 
 RESTARTS = 10
 CLIENTS = 20
@@ -34,3 +35,11 @@ async def test_kept_alive_requests_that_cross_the_close_are_not_half_answered() 
     counts = await restart_under_load(restarts=RESTARTS, clients=CLIENTS, kind="kept-alive")
     assert counts["answered"] >= 2 * CLIENTS * RESTARTS
     assert counts["broken"] == 0
+
+
+@linux_only
+async def test_rolling_restarts_on_a_shared_port_lose_no_request() -> None:
+    """Each new server takes its share of the connections when it has started; one that fails takes none."""
+    counts = await roll_under_load(restarts=RESTARTS, clients=CLIENTS)
+    assert counts["answered"] >= CLIENTS * RESTARTS
+    assert (counts["unanswered"], counts["broken"], counts["stalled"]) == (0, 0, 0)

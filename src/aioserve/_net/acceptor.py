@@ -14,8 +14,12 @@ import logging
 import select
 import socket
 import ssl
+import struct
+import sys
 import types
+from array import array
 from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from aioserve import _limits
@@ -60,6 +64,7 @@ class Acceptor:
         self._backlog = backlog
         self._on_change = on_change
         self._serving = False
+        self._has_clients = False  # it has accepted a connection
         self._context: contextvars.Context
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -90,7 +95,11 @@ class Acceptor:
             for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
-                if not listener.lent and _is_readable(listener.socket):
+                if listener.lent:
+                    continue
+                if self._has_clients:
+                    _drop_new_connections(listener.socket)
+                if _is_readable(listener.socket):
                     self._context.run(self._accept, listener.socket)
             for retry in self._retries.values():
                 retry.cancel()
@@ -148,6 +157,7 @@ class Acceptor:
                 else:
                     logger.error("cannot accept: %s; the connections in the queue are lost", exc.strerror)
                 return
+            self._has_clients = True
             connection.setblocking(False)
             if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
                 # From a socket that was made with proto=0, as most lent ones are. asyncio does not set TCP_NODELAY on
@@ -194,6 +204,23 @@ class Acceptor:
 
     def _resume(self, sock: socket.socket) -> None:
         self._loop.add_reader(sock.fileno(), self._accept, sock)
+
+
+# A classic BPF program: load byte 13 of the TCP header, and accept the packet unless the SYN bit (2) is set in it.
+_NO_SYN = array("B", struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF))
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's module
+
+
+def _drop_new_connections(sock: socket.socket) -> None:
+    """
+    Let no new connection begin, so that none comes between the last look at the queue and the close, which resets it.
+
+    On Linux, and for TCP. The clients try again after a second, and are refused then, or reach the next server.
+    """
+    if sys.platform == "linux" and sock.family != socket.AF_UNIX:
+        address, _ = _NO_SYN.buffer_info()
+        with suppress(OSError):  # not on this architecture, or in this sandbox
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
 
 
 def _is_readable(sock: socket.socket) -> bool:
