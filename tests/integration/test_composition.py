@@ -236,7 +236,7 @@ async def test_program_that_is_stopped_during_its_work_loses_nothing(
         assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "varnish"})).status_code == 202
         with posting(it.api, {"chat": CHAT, "text": "polish"}) as request:
             it.program.send(signal.SIGTERM)
-            await it.wait_for("INFO:aioserve:SIGTERM: ending")
+            await it.wait_for("INFO:aioserve:SIGTERM: cancelling")
             # The API still answers, also on new connections.
             assert (await client.post(f"{it.api}/jobs", json={"chat": CHAT, "text": "wax"})).status_code == 202
             assert texts(store) == ["paint", "varnish", "wax"]
