@@ -18,7 +18,7 @@ The exit contract, which is what the rest of this package is for:
    is left of the body once more. Before the body has begun, the start is given up: rule 1, but `serve()` returns.
    Signal handlers are put back as they were. By default, no signal is touched.
 8. Afterwards, always: no task, timer, socket or signal handler of the server is left, and the port can be bound again
-   at once.
+   at once, also where a process lives on that was forked in the meantime.
 """
 
 from __future__ import annotations
