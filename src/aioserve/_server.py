@@ -235,7 +235,11 @@ class Server(ServerHandle):
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """The listening sockets; none when it has stopped accepting. Look at them, but do not close them."""
+        """
+        The listening sockets; none when it has stopped accepting. Look at them, but do not close them.
+
+        A process that is forked from this one does not keep them; for it, make a duplicate (`socket.dup()`).
+        """
         return self._engine.connections.acceptor.sockets if self.is_serving() else ()
 
     @property

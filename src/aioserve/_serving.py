@@ -18,7 +18,8 @@ The exit contract, which is what the rest of this package is for:
    is left of the body once more. Before the body has begun, the start is aborted: rule 1, but `serve()` returns.
    Signal handlers are put back as they were. By default, no signal is touched.
 8. Afterwards: no task, timer, socket or signal handler of the server is left, except a handler or a lifespan that
-   ignores its cancellation (see `Report`); the port can be bound again at once.
+   ignores its cancellation (see `Report`); the port can be bound again at once, also where a process lives on that was
+   forked in the meantime.
 """
 
 from __future__ import annotations

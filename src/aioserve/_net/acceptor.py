@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from aioserve import _limits
+from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import FlushWatch, hang_up, has_unsent
 from aioserve._waiting import start_task
@@ -146,12 +147,14 @@ class Acceptor:
     def _accept(self, sock: socket.socket) -> None:
         for _ in range(self._backlog + 1):  # Linux queues one more
             try:
-                connection, _address = sock.accept()
+                connection = forks.accept(sock)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as exc:
                 if exc.errno in _GONE:
                     continue
+                if exc.errno == errno.ENOTSOCK:
+                    return  # this is a fork, which has let go of the socket and runs the loop that it has a copy of
                 if self._serving:
                     self._pause(sock, exc)
                 else:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 from aioserve import _limits
+from aioserve._net import forks
 
 if TYPE_CHECKING:
     from aioserve._net.unix import SocketFile
@@ -60,6 +61,8 @@ class Listener:
         self.file_path, self.mode = path, mode
         self._file: SocketFile | None = None
         self._name = name
+        self._process = os.getpid()
+        forks.track(sock)
         self.host: str | None = None
         """The address that it is bound to, with its scope, if any; `None` for a Unix socket."""
         self.port: int | None = None
@@ -117,7 +120,14 @@ class Listener:
 
     def close(self) -> None:
         self.remove_file()
-        self.socket.close()
+        if not self.lent and self._process == os.getpid():
+            try:
+                # Also for the copies in other processes: C code can fork without Python's knowledge.
+                self.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is closed, or did not listen yet
+        with forks.lock:
+            self.socket.close()
 
 
 Bind: TypeAlias = Callable[[], Awaitable[list[Listener]]]

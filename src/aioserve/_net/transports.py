@@ -15,6 +15,8 @@ import sys
 import termios
 from typing import Any
 
+from aioserve._net import forks
+
 
 def unread_bytes(raw: Any) -> int:
     """Return how much has arrived on a connection that nobody has read yet."""
@@ -67,7 +69,9 @@ class FlushWatch:
     def start(self) -> None:
         """Start to watch; raise an `OSError` if no descriptor is left."""
         # A descriptor of our own, since a loop allows nobody to watch a transport's.
-        self._descriptor = os.dup(_descriptor(self._raw))
+        with forks.lock:
+            self._descriptor = os.dup(_descriptor(self._raw))
+            forks.track(self)
         self._loop = asyncio.get_running_loop()
         self._loop.add_writer(self._descriptor, self._writable)
 
@@ -79,7 +83,12 @@ class FlushWatch:
     def stop(self) -> None:
         """Stop watching: the connection is gone."""
         self._loop.remove_writer(self._descriptor)
-        os.close(self._descriptor)
+        with forks.lock:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def fileno(self) -> int:
+        return self._descriptor
 
 
 def _descriptor(raw: Any) -> int:

@@ -139,7 +139,9 @@ async def _locked(directory: str) -> AsyncIterator[None]:
                 break
         yield
     finally:
-        os.close(descriptor)  # which unlocks it
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # not left to close(): a fork may have a copy, which holds the lock
+        os.close(descriptor)
 
 
 def _try_bind(sock: socket.socket, path: str) -> bool:
