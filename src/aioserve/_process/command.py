@@ -182,7 +182,7 @@ def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
             logger.error("%s", error["traceback"].rstrip())
         prefix = "cannot start: " if kind == "failed" and error["type"] != "StartupInterruptedError" else ""
         filename = f": {error['filename']}" if error["filename"] else ""
-        print_line(f"{prefix}{error['message']}{filename}")
+        print_error(f"{prefix}{error['message']}{filename}")
     if kind != "stopped" and ready_fd is not None:
         try:
             with open(ready_fd, "wb") as out:
@@ -191,9 +191,9 @@ def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
             logger.warning("cannot write to descriptor %d: %s", ready_fd, exc.strerror)
 
 
-def print_line(line: str) -> None:
+def print_error(message: str) -> None:
     with suppress(OSError):  # nobody reads standard error
-        click.echo("aioserve: " + line.replace("\n", " "), err=True)
+        click.echo(f"aioserve: {message.rstrip()}", err=True)
 
 
 def main() -> NoReturn:
@@ -211,6 +211,7 @@ def main() -> NoReturn:
         option = exc.option_name if isinstance(exc, click.NoSuchOption) else ""
         name = option.lstrip("-").replace("-", "_")
         is_refused = name in REFUSED and name in UVICORN_OPTIONS
-        print_line(f"there is no option {option}: {REFUSED[name]}" if is_refused else exc.format_message())
+        message = f"there is no option {option}: {REFUSED[name]}" if is_refused else exc.format_message()
+        print_error(message.replace("\n", " "))
         code = USAGE_ERROR
     sys.exit(code)
