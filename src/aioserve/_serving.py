@@ -16,7 +16,8 @@ The exit contract, which is what the rest of this package is for:
 7. A stop signal, where `stop_on_signals` asks for it: the body is cancelled, and the block ends normally; `serve()`
    returns; a server from `start()` closes. All servers that asked for it end. A second signal forces, and cancels what
    is left of the body once more. Before the body has begun, the start is aborted: rule 1, but `serve()` returns.
-   Signal handlers are put back as they were. By default, no signal is touched.
+   Signal handlers are put back as they were. By default, no signal is touched. If the app takes a signal over while it
+   starts, that is left so, and a warning says it; only the command line puts its handlers in front again.
 8. Afterwards: no task, timer, socket or signal handler of the server is left, except a handler or a lifespan that
    ignores its cancellation (see `Report`); the port can be bound again at once, also where a process lives on that was
    forked in the meantime.
@@ -96,8 +97,9 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             seconds. The default, `None`, is at the end of the `shutdown_timeout`. Starlette's streaming responses wait
             for it, also those that would end by themselves: 0 cuts downloads short.
         stop_on_signals: `True` (SIGINT and SIGTERM), or the signals that end the block: its body is cancelled, and the
-            block ends normally. A second one forces. Only in the main thread, and only where the loop does not handle
-            the signal already. Default: `False`.
+            block ends normally. A second one forces, except SIGHUP, which a closing terminal may send twice. Only in
+            the main thread, and only where the loop does not handle the signal already. If the app takes one of them
+            over while it starts, a warning is logged: call `Server.close()` in its handler. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
@@ -196,6 +198,7 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
     try:
         with signals:  # a signal interrupts the import
             load_config(settings.config, settings.ssl)
+        signals.take_back()
         server = Server(Engine(settings, listeners))
         server._engine.start()
     except BaseException as exc:
@@ -219,6 +222,7 @@ async def wait_started(server: ServerHandle, signals: Signals) -> None:
         if signals.first is not None:
             raise interrupted(signals) from None
         raise
+    signals.look_again(server.url)
 
 
 async def bind(settings: Settings, signals: Signals) -> list[Listener]:

@@ -296,6 +296,20 @@ def test_exception_of_the_app_is_reported_with_its_traceback(arguments: list[str
     assert last.endswith(message)
 
 
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        ("failing_at_length", 'Traceback (most recent call last):\n  File "app.py", line 1\nNameError: no name'),
+        ("raising_at_length", "AppError: 2 validation errors\nname\n  Field required"),
+    ],
+)
+def test_message_of_several_lines_is_printed_in_lines(app: str, message: str) -> None:
+    """Frameworks send a whole traceback, and pydantic a line for each field."""
+    code, err = refused(f"tests.helpers.children:{app}", "--port=0")
+    assert code == 3
+    assert err.endswith(f"aioserve: cannot start: the app's lifespan failed to start: {message}\n")
+
+
 # Invalid arguments.
 
 

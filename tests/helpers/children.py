@@ -13,7 +13,7 @@ import threading
 import time
 
 from aioserve import _limits
-from tests.helpers.apps import App, Receive, Scope, Send
+from tests.helpers.apps import App, AppError, Receive, Scope, Send
 
 
 class Talking(App):
@@ -68,6 +68,19 @@ class Late(App):
     async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         atexit.register(time.sleep, 1.2)  # longer than a child may take to exit if its `shutdown_timeout` is shorter
         await super().lifespan(scope, receive, send)
+
+
+async def failing_at_length(scope: Scope, receive: Receive, send: Send) -> None:
+    """Fail to start with a message that is a traceback, and return."""
+    await receive()
+    message = 'Traceback (most recent call last):\n  File "app.py", line 1\nNameError: no name\n'
+    await send({"type": "lifespan.startup.failed", "message": message})
+
+
+async def raising_at_length(scope: Scope, receive: Receive, send: Send) -> None:
+    """Fail to start with an exception whose message has several lines."""
+    await receive()
+    raise AppError("2 validation errors\nname\n  Field required")
 
 
 def clinging_in_a_hurry() -> App:

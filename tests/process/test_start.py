@@ -9,6 +9,9 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -21,7 +24,7 @@ from aioserve import (
     StartupTimeoutError,
     serving_process,
 )
-from aioserve._process import messages
+from aioserve._process import messages, parent
 from tests.helpers.apps import App
 from tests.helpers.processes import TALKING, children, linux_only
 
@@ -139,6 +142,49 @@ async def test_argument_that_cannot_be_passed_to_another_process_is_refused(
     with pytest.raises(TypeError, match=message):
         async with serving_process(app, **options):
             raise AssertionError("the body ran")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"frozen": True}, "this program is frozen"),
+        ({"frozen": "macosx_app"}, "this program is frozen"),
+        ({"executable": ""}, "sys.executable is empty"),
+        ({"executable": None}, "sys.executable is empty"),
+        ({"executable": "/nowhere/python"}, "sys.executable is '/nowhere/python', which is not a Python interpreter"),
+        ({"executable": "/bin/sh", "orig_argv": []}, "sys.executable is '/bin/sh', which is not"),
+        ({"executable": "/bin/sh", "orig_argv": ["sh", "-v"], "argv": ["sh"]}, "sys.executable is '/bin/sh'"),
+    ],
+)
+async def test_program_that_has_no_interpreter_is_refused(
+    attributes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a program would start itself, and that one again itself, and so on. Nothing is started."""
+    for name, value in attributes.items():
+        monkeypatch.setattr(sys, name, value, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(RuntimeError, match=message):
+        async with serving_process(TALKING):
+            raise AssertionError("the body ran")
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, "sleep") for name in ("python", "python3.13", "python3.13d", "python3-dbg", "Python", "pypy3")]
+    + [("worker", "python3"), ("mayapy", "sleep")],
+)
+def test_no_interpreter_is_taken_for_another_program(
+    name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is called: it was started with a command line of Python's."""
+    (tmp_path / target).write_text("")
+    (tmp_path / target).chmod(0o755)
+    if not (tmp_path / name).exists():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / name))
+    if name != "mayapy":
+        monkeypatch.setattr(sys, "orig_argv", [])
+    parent._check_interpreter()
 
 
 def test_unknown_error_of_a_child_is_a_serving_error() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 
 import pytest
@@ -126,3 +127,22 @@ async def test_lifespan_of_a_child_that_does_not_end_is_a_shutdown_error(capfd: 
     with pytest.raises(ShutdownError, match="did not shut down within"):
         async with serving_process("tests.helpers.children:clinging_in_a_hurry", factory=True, shutdown_timeout=0):
             pass
+
+
+@pytest.mark.parametrize("name", ["by_the_loop", "by_a_function"])
+async def test_child_whose_app_has_taken_over_sigterm_stops(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The app's handler is called as well."""
+    async with serving_process(f"tests.helpers.taking:{name}", factory=True) as server:
+        pass
+    assert server.returncode == 0
+    assert server.report is not None
+    assert capfd.readouterr().out.splitlines() == ["starting", "the app's handler: SIGTERM", "lifespan over"]
+
+
+async def test_child_that_gets_sighup_stops_gracefully() -> None:
+    """From a supervisor, which may send it along with SIGTERM; it does not force."""
+    async with serving_process(TALKING) as server:
+        os.kill(server.pid, signal.SIGHUP)
+        await server.wait_closed()
+    assert server.returncode == 0
+    assert server.report is not None

@@ -33,7 +33,7 @@ def run(app: str, descriptors: str) -> int:
     for fd in (events, lifeline, *(fd for fd, *_ in handover.listeners)):
         os.set_inheritable(fd, False)
     sys.path[:] = handover.path
-    signals = Signals((signal.SIGINT, signal.SIGTERM))
+    signals = program.stop_signals()
     ended = threading.Event()
     watching = (lifeline, handover, signals, ended)
     threading.Thread(target=_watch_parent, args=watching, name="aioserve lifeline", daemon=True).start()

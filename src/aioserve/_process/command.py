@@ -142,8 +142,8 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     """
     Serve the ASGI app APP, an import string like package.module:app.
 
-    When it serves, it prints its URLs, one per line. It serves until Ctrl+C or SIGTERM, and then stops gracefully; a
-    second signal forces the stop. Logs go to standard error.
+    When it serves, it prints its URLs, one per line. It serves until Ctrl+C, SIGTERM or SIGHUP, and then stops
+    gracefully; a second Ctrl+C or SIGTERM forces the stop. Logs go to standard error.
 
     Exit codes: 0 after a graceful stop or an interrupted start; 1 after a forced stop, a crash or a failed shutdown; 2
     for a wrong command line; 3 if it could not start.
@@ -185,7 +185,7 @@ def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
             logger.error("%s", error["traceback"].rstrip())
         prefix = "cannot start: " if kind == "failed" and error["type"] != "StartupInterruptedError" else ""
         filename = f": {error['filename']}" if error["filename"] else ""
-        print_line(f"{prefix}{error['message']}{filename}")
+        print_error(f"{prefix}{error['message']}{filename}")
     if kind != "stopped" and ready_fd is not None:
         try:
             with open(ready_fd, "wb") as out:
@@ -194,9 +194,9 @@ def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
             logger.warning("cannot write to descriptor %d: %s", ready_fd, exc.strerror)
 
 
-def print_line(line: str) -> None:
+def print_error(message: str) -> None:
     with suppress(OSError):  # nobody reads standard error
-        click.echo("aioserve: " + line.replace("\n", " "), err=True)
+        click.echo(f"aioserve: {message.rstrip()}", err=True)
 
 
 def main() -> NoReturn:
@@ -214,6 +214,7 @@ def main() -> NoReturn:
         option = exc.option_name if isinstance(exc, click.NoSuchOption) else ""
         name = option.lstrip("-").replace("-", "_")
         is_refused = name in REFUSED and name in UVICORN_OPTIONS
-        print_line(f"there is no option {option}: {REFUSED[name]}" if is_refused else exc.format_message())
+        message = f"there is no option {option}: {REFUSED[name]}" if is_refused else exc.format_message()
+        print_error(message.replace("\n", " "))
         code = USAGE_ERROR
     sys.exit(code)

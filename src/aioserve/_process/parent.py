@@ -86,11 +86,13 @@ def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContex
     Raises:
         OSError, StartupError, ServerCrashedError, ShutdownError, TypeError, ValueError, RuntimeError: As in
             `serving()`. If the app raised, a note has its traceback as text. `ShutdownError` also says that the child
-            had to be killed.
+            had to be killed, and `RuntimeError` that this program has no Python interpreter: it is frozen, or embeds
+            Python.
     """
     passed: dict[str, Any] = {}
 
     def parse_options() -> Settings:
+        _check_interpreter()
         passed.update(messages.options_for_child(app, options))
         return parse(app, {name: value for name, value in options.items() if name not in _LOGGING_OPTIONS})
 
@@ -298,6 +300,30 @@ class ChildProcess(ServerTask):
     def _cancel_timer(self, action: Callable[[], None]) -> None:
         if timer := self._timers.pop(action, None):
             timer.cancel()
+
+
+def _check_interpreter() -> None:
+    """Refuse an executable that is no Python: a frozen program would start itself, and that one again itself."""
+    if getattr(sys, "frozen", False):
+        why = "this program is frozen, and contains no Python interpreter that could be started"
+    elif not sys.executable:
+        why = "sys.executable is empty"
+    elif not _is_interpreter(sys.executable):
+        why = f"sys.executable is {sys.executable!r}, which is not a Python interpreter"
+    else:
+        return
+    raise RuntimeError(f"serving_process() cannot start a child process: {why}; serve the app in this process")
+
+
+def _is_interpreter(executable: str) -> bool:
+    if not os.access(executable, os.X_OK):
+        return False
+    names = [os.path.basename(each).lower() for each in (executable, os.path.realpath(executable))]
+    if any("python" in name or "pypy" in name for name in names):
+        return True
+    # One of another name (a copy, mayapy) was started with a command line of Python's, behind whose own part sys.argv
+    # begins. In a program that embeds Python, both are the program's command line, or there is none.
+    return bool(sys.orig_argv) and sys.orig_argv[:1] != sys.argv[:1]
 
 
 def _spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[bytes], int, IO[bytes]]:

@@ -19,7 +19,7 @@ from aioserve._net.listeners import Listener
 from aioserve._process import messages
 from aioserve._serving import start_with
 from aioserve._settings import Settings
-from aioserve._signals import Signals, signal_name
+from aioserve._signals import SIGHUP, Signals, signal_name
 
 # Exit codes.
 GRACEFUL = 0
@@ -40,7 +40,7 @@ def run(
 
     A caller can pass listeners that are open already, and the signals, if it needs to know whether one has come.
     """
-    signals = signals or Signals(settings.stop_on_signals)
+    signals = signals or stop_signals()
 
     async def serve() -> int:
         signals.install()
@@ -59,7 +59,7 @@ def run(
             on_event(messages.stopped(report, error))
             return FORCED if error is not None or report is None or report.was_forced else GRACEFUL
         finally:
-            for signum in settings.stop_on_signals:
+            for signum in signals.wanted:
                 signal.signal(signum, _exit)  # while our handlers are still there, so that there always is one
             signals.release()
 
@@ -67,8 +67,18 @@ def run(
         return runner.run(serve())
 
 
+def stop_signals() -> Signals:
+    """Return the stop signals of a process that is ours: SIGHUP as well, unless it is ignored, as by nohup."""
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if SIGHUP is not None and signal.getsignal(SIGHUP) == signal.SIG_DFL:
+        wanted.append(signal.Signals(SIGHUP))
+    return Signals(wanted, owns_process=True)
+
+
 def _exit(signum: int, _frame: object) -> None:
     """Handle a signal that comes when the server has stopped: exit at once if threads delay the exit."""
+    if signum == SIGHUP:
+        return  # the terminal that has closed sends it again
     threads = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
     if threads:
         names = ", ".join(each.name for each in threads)
