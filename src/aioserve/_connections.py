@@ -66,7 +66,7 @@ class Connections:
         self._condition = condition
         self._has_tls = config.ssl is not None
 
-        self._graces = GracePeriods(self._close_partial)
+        self._graces = GracePeriods()
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -160,11 +160,11 @@ class Connections:
             elif state == "idle":
                 protocols.close_gracefully(connection)
             elif state == "new":
-                self._graces.begin(connection, _limits.FIRST_REQUEST if grace is None else grace)
+                self._graces.begin(connection, grace or _limits.FIRST_REQUEST, self._close_partial)
             elif self._unread(connection):
                 self._loop.call_soon(self._close_if_unneeded, connection)  # once it is read
             else:
-                self._graces.begin(connection, _limits.PARTIAL_REQUEST)
+                self._graces.begin(connection, _limits.PARTIAL_REQUEST, self._close_partial)
         self.acceptor.hang_up_when_flushed(connection.transport)
 
     def _close_partial(self, connection: Any) -> None:

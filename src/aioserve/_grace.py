@@ -11,14 +11,15 @@ from aioserve._uvicorn.protocols import stop_watching_bytes, watch_bytes
 
 
 class GracePeriods:
-    """The connections from which a request may still come; for one whose time is over, `on_expired` is called."""
+    """The connections from which a request may still come."""
 
-    def __init__(self, on_expired: Callable[[Any], None]) -> None:
-        self._on_expired = on_expired
+    def __init__(self) -> None:
+        self._on_expired: Callable[[Any], None] | None = None
         self._timers: dict[Any, asyncio.TimerHandle] = {}
 
-    def begin(self, connection: Any, seconds: float) -> None:
-        """Wait so long for a request, unless it is waited for already; and with each byte that arrives, anew."""
+    def begin(self, connection: Any, seconds: float, on_expired: Callable[[Any], None]) -> None:
+        """Wait so long for a request, unless it is waited for already, and anew with each byte; then call a function."""
+        self._on_expired = on_expired
         if connection not in self._timers:
             watch_bytes(connection, self._bytes_received)
             self._set_timer(connection, seconds)
@@ -32,6 +33,7 @@ class GracePeriods:
     def close(self) -> None:
         for connection in list(self._timers):
             self.end(connection)
+        self._on_expired = None  # so that nothing is left to the garbage collector
 
     def _bytes_received(self, connection: Any) -> None:
         if (timer := self._timers.get(connection)) is not None:
@@ -43,4 +45,5 @@ class GracePeriods:
 
     def _expire(self, connection: Any) -> None:
         del self._timers[connection]
-        self._on_expired(connection)
+        if self._on_expired is not None:
+            self._on_expired(connection)
