@@ -18,7 +18,7 @@ class GracePeriods:
         self._timers: dict[Any, asyncio.TimerHandle] = {}
 
     def begin(self, connection: Any, seconds: float, on_expired: Callable[[Any], None]) -> None:
-        """Wait so long for a request, unless it is waited for already, and anew with each byte; then call a function."""
+        """Wait so long for a request, anew with each byte, unless it is waited for already; then call a function."""
         self._on_expired = on_expired
         if connection not in self._timers:
             watch_bytes(connection, self._bytes_received)
