@@ -25,11 +25,11 @@ from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
 from aioserve._uvicorn.config import request_limit
-from aioserve._uvicorn.disconnect import disconnect
+from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket, refuse
 from aioserve._uvicorn.logs import silence_expected_errors
 from aioserve._uvicorn.protocols import ConnectionState
 from aioserve._uvicorn.state import LimitedState, TrackedState
-from aioserve._waiting import Condition
+from aioserve._waiting import Condition, after_turns
 
 
 class Connections:
@@ -79,9 +79,8 @@ class Connections:
     def _is_settled(self, connection: Any) -> bool:
         if connection.transport.is_closing():
             return True
-        if not protocols.is_http(connection):
-            return protocols.is_handshake_complete(connection)
-        return protocols.connection_state(connection) in ("idle", "busy") and not self._unread(connection)
+        is_read = not protocols.is_http(connection) or not self._unread(connection)
+        return protocols.connection_state(connection) in ("idle", "busy") and is_read
 
     def is_finished(self) -> bool:
         return not (self.state.connections or self.acceptor.pending or self.has_handlers())
@@ -138,7 +137,9 @@ class Connections:
 
     def close_unneeded(self) -> None:
         """
-        Close the connections that are idle, WebSockets with 1012, and every other one as soon as it is idle.
+        Close the connections that are idle, and every other one as soon as it is idle.
+
+        WebSockets are closed with 1012, or refused with 503 where the app has not accepted them yet.
 
         Handlers of event streams are told at once that their client has gone. A connection from which a request may
         still come is given some time for that, as is a TLS handshake.
@@ -159,10 +160,12 @@ class Connections:
                 self._disconnect(connection)
             elif state == "idle":
                 protocols.close_gracefully(connection)
+            elif state == "opening":
+                refuse(connection)
             elif state == "new":
                 self._graces.begin(connection, grace or _limits.FIRST_REQUEST, self._close_partial)
-            elif self._unread(connection):
-                self._loop.call_soon(self._close_if_unneeded, connection)  # once it is read
+            elif state == "answering" or self._unread(connection):
+                self._loop.call_soon(self._close_if_unneeded, connection)  # once it is answered, or read
             else:
                 self._graces.begin(connection, _limits.PARTIAL_REQUEST, self._close_partial)
         self.acceptor.hang_up_when_flushed(connection.transport)
@@ -191,6 +194,9 @@ class Connections:
     def _disconnect(self, connection: Any) -> None:
         for cycle in protocols.unanswered_cycles(connection):
             self._disconnect_cycle(cycle)
+        is_refused = not protocols.is_http(connection) and protocols.connection_state(connection) == "busy"
+        if self._disconnecting and is_refused:
+            disconnect_websocket(connection)
 
     def _disconnect_cycle(self, cycle: Any) -> None:
         is_stream = cycle.response_started and is_event_stream(cycle.scope)
@@ -233,7 +239,9 @@ class Connections:
         if self._closing:
             # It was accepted in the last moment, or has just been upgraded to a WebSocket.
             grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
-            self._loop.call_soon(functools.partial(self._close_if_unneeded, connection, grace=grace))
+            # An app gets the same turns to accept a WebSocket as before the stop.
+            turns = 1 if protocols.is_http(connection) else 1 + _limits.SETTLING_TURNS
+            after_turns(turns, functools.partial(self._close_if_unneeded, connection, grace=grace))
             self._watch_handlers_soon()
 
     def connection_removed(self, connection: Any) -> None:

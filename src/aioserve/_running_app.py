@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError
 from aioserve._finish import finish, is_event_stream
 from aioserve._lifespan import Lifespan
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._types import ASGIApp, Message, Receive, Scope, Send
-from aioserve._waiting import Condition
+from aioserve._waiting import Condition, after_turns
 
 logger = logging.getLogger("aioserve")
 
@@ -140,6 +141,12 @@ class _ClosedError(OSError):
     """The WebSocket was closed by a swap: in ASGI, a `send()` after a disconnect raises an `OSError`."""
 
 
+def _is_closed(error: Exception) -> bool:
+    return isinstance(error, _ClosedError) or (
+        isinstance(error, ExceptionGroup) and error.split(_ClosedError)[1] is None
+    )
+
+
 class _Call:
     """A call of an app, for one request or WebSocket, in the server's own task."""
 
@@ -178,7 +185,7 @@ class _Call:
                 finally:
                     self._until_cancelled = None
                 # An app may send to a client that has gone, as with any server.
-                if error is not None and not isinstance(error, _ClosedError):
+                if error is not None and not _is_closed(error):
                     raise error
         except TimeoutError:
             if not until_cancelled.expired():
@@ -187,7 +194,8 @@ class _Call:
             if self._closing is not None:
                 self._closing.cancel()
         if (self._disconnected or until_cancelled.expired()) and not self._answered:
-            await self._send_503()
+            for message in self._refusal():
+                await self._send(message)
         elif self._disconnected and self._is_open and is_event_stream(self.scope):
             await self._send({"type": "http.response.body", "body": b""})
 
@@ -222,13 +230,28 @@ class _Call:
             self.retire()
 
     def retire(self) -> None:
-        """Close a WebSocket with 1012, and tell an event stream of a disconnect: now, or when it is open."""
+        """
+        Close a WebSocket with 1012, and tell an event stream of a disconnect: now, or when it is open.
+
+        A WebSocket that is not accepted within a few turns of the loop is refused with 503.
+        """
+        if not self._retired and self.scope["type"] == "websocket":
+            after_turns(_limits.SETTLING_TURNS, self._refuse)
         self._retired = True
         if self._is_open and is_event_stream(self.scope):
             self.disconnect()
         elif self._is_open and self.scope["type"] == "websocket" and self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._close(), name="aioserve websocket")
-            self.disconnect()
+            self._close({"type": "websocket.close", "code": SERVICE_RESTART})
+
+    def _refuse(self) -> None:
+        """Refuse a WebSocket, unless the app has accepted or refused it."""
+        if not self._answered and not self.is_done:
+            self._answered = True
+            self._close(*self._refusal())
+
+    def _close(self, *messages: Message) -> None:
+        self._closing = asyncio.get_running_loop().create_task(self._send_last(messages), name="aioserve websocket")
+        self.disconnect()
 
     def disconnect(self) -> None:
         """Let `receive()` say that the client has gone; `send()` works as before."""
@@ -242,18 +265,21 @@ class _Call:
         if self._until_cancelled is not None:
             self._until_cancelled.reschedule(0)
 
-    async def _close(self) -> None:
+    async def _send_last(self, messages: Sequence[Message]) -> None:
         try:
-            await self._send({"type": "websocket.close", "code": SERVICE_RESTART})
+            for message in messages:
+                await self._send(message)
         except Exception as exc:  # noqa: BLE001 (each server raises its own for a client that has gone)
             logger.debug("a WebSocket could not be closed: %r", exc)
 
-    async def _send_503(self) -> None:
+    def _refusal(self) -> list[Message]:
+        """A response with 503, or 403 for a WebSocket where the server knows no other."""
         kind = "http.response" if self.scope["type"] == "http" else "websocket.http.response"
         if kind != "http.response" and kind not in (self.scope.get("extensions") or {}):
-            await self._send({"type": "websocket.close", "code": SERVICE_RESTART})
-            return
+            return [{"type": "websocket.close", "code": SERVICE_RESTART}]
         length = b"%d" % len(_REPLACED)
         headers = [(b"content-type", b"text/plain"), (b"content-length", length), (b"retry-after", b"0")]
-        await self._send({"type": f"{kind}.start", "status": 503, "headers": headers})
-        await self._send({"type": f"{kind}.body", "body": _REPLACED})
+        return [
+            {"type": f"{kind}.start", "status": 503, "headers": headers},
+            {"type": f"{kind}.body", "body": _REPLACED},
+        ]

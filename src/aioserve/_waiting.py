@@ -52,6 +52,14 @@ def _turn() -> Generator[None, None, None]:
     yield
 
 
+def after_turns(count: int, callback: Callable[[], object]) -> None:
+    """Call a function after a number of turns of the running loop."""
+    if count:
+        asyncio.get_running_loop().call_soon(after_turns, count - 1, callback)
+    else:
+        callback()
+
+
 class Condition:
     """
     Lets the one task of a server wait until a predicate holds.

@@ -8,6 +8,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from uvicorn.config import WS_PROTOCOLS
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -18,8 +19,8 @@ from aioserve import (
     serving,
 )
 from tests.helpers.apps import App, AppError, Receive, Send
-from tests.helpers.swapping import Named, logged, sending, swapping, switched
-from tests.helpers.turns import turns
+from tests.helpers.swapping import WHOLE_LIFE, Named, logged, sending, swapping, switched
+from tests.helpers.turns import after, turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -149,40 +150,93 @@ async def open_websocket(server: Server) -> ClientConnection:
     return await connect_websocket(server.url.replace("http", "ws"), proxy=None)
 
 
-async def test_websocket_that_opens_during_a_swap_is_closed() -> None:
-    """Before its handshake is complete, nothing can be sent to it."""
-    first = Pushing("first")
+@pytest.mark.parametrize("count", range(5))
+async def test_websocket_that_is_accepted_soon_after_a_swap_is_closed_with_1012(count: int) -> None:
+    """A few turns of the loop later, as in a stop; before its handshake is complete, nothing can be sent to it."""
+    first, second = Pushing("first"), Named("other")
     first.accepting.clear()
     swappable = Swappable(first)
     async with serving(swappable) as server:
         connecting = asyncio.create_task(open_websocket(server))
         await first.holding.wait()
-        async with swapping(swappable, Named("other"), shutdown_timeout=None) as swap:
-            await switched(swappable, swappable.app)
-            await turns()
-            assert not connecting.done()
-            first.accepting.set()
-            websocket = await connecting
-            with pytest.raises(ConnectionClosed) as caught:
-                await websocket.recv()
-            assert caught.value.rcvd is not None
-            assert caught.value.rcvd.code == 1012
+        async with swapping(swappable, second, shutdown_timeout=None) as swap:
+            await switched(swappable, second)
+            after(count, first.accepting.set)
             first.release.set()
+            try:
+                websocket = await connecting
+            except InvalidStatus as exc:
+                assert exc.response.status_code == 503
+                assert count > 1
+            else:
+                with pytest.raises(ConnectionClosed) as caught:
+                    await websocket.recv()
+                assert caught.value.rcvd is not None
+                assert caught.value.rcvd.code == 1012
+                assert count < 4
         swap.result()
 
 
-async def test_websocket_that_is_never_accepted_is_refused_by_a_swap_with_503() -> None:
-    """As a request that was not answered in time."""
+@pytest.mark.parametrize("ws", sorted(WS_PROTOCOLS.keys() - {"auto", "none"}))
+@pytest.mark.parametrize("grouped", [False, True], ids=["sends", "sends in a task group"])
+async def test_websocket_that_is_not_accepted_is_refused_by_a_swap_with_503(
+    ws: str, grouped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no budget here that could end it; what its handler sends then is an OSError."""
     first = Pushing("first")
     first.accepting.clear()
-    swappable = Swappable(first)
-    async with serving(swappable) as server:
+    swappable = Swappable(in_a_group(first) if grouped else first)
+    async with serving(swappable, ws=ws) as server:
         connecting = asyncio.create_task(open_websocket(server))
         await first.holding.wait()
-        await swappable.swap(Named("other"), shutdown_timeout=0)
-        with pytest.raises(InvalidStatus) as caught:
-            await connecting
-        assert caught.value.response.status_code == 503
+        async with swapping(swappable, Named("other"), shutdown_timeout=None) as swap:
+            with pytest.raises(InvalidStatus) as caught:
+                await connecting
+            assert caught.value.response.status_code == 503
+            assert caught.value.response.headers["retry-after"] == "0"
+            assert not swap.done()
+            first.accepting.set()
+        swap.result()
+    assert first.events == WHOLE_LIFE
+    assert logged(caplog) == []
+
+
+def in_a_group(app: Any) -> Any:
+    async def grouped(scope: Any, receive: Any, send: Any) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(app(scope, receive, send))
+
+    return grouped
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["waits", "comes later"])
+async def test_handler_of_a_websocket_that_is_refused_by_a_swap_hears_of_a_disconnect(late: bool) -> None:
+    """With 1012, after the connect."""
+    received: list[Any] = []
+    is_in, release = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        is_in.set()
+        received.append(await receive())
+        if late:
+            await release.wait()
+        received.append(await receive())
+
+    swappable = Swappable(app)
+    async with serving(swappable) as server:
+        connecting = asyncio.create_task(open_websocket(server))
+        await is_in.wait()
+        async with swapping(swappable, Named("other"), shutdown_timeout=None) as swap:
+            with pytest.raises(InvalidStatus):
+                await connecting
+            release.set()
+        swap.result()
+    assert received == [
+        {"type": "websocket.connect"},
+        {"type": "websocket.disconnect", "code": 1012, "reason": ""},
+    ]
 
 
 async def test_websocket_is_refused_by_a_swap_with_403_without_the_denial_extension() -> None:

@@ -1,7 +1,7 @@
 """
-`receive()` says `http.disconnect`, while `send()` still works.
+`receive()` says that the client has gone: `http.disconnect` while `send()` still works; and for WebSockets.
 
-uvicorn has one flag for both. `receive()` waits for an event, clears it, and looks at the flag; so the event is
+For HTTP, uvicorn has one flag for both. `receive()` waits for an event, clears it, and looks at the flag; so the event is
 replaced, and the flag looks different right after the event was cleared.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+from uvicorn.protocols.utils import ClientDisconnected
 
 from aioserve import _limits
 from aioserve._uvicorn.logs import logger, silence_expected_errors
@@ -100,3 +102,63 @@ def _disconnected_class(cycle_class: type[Any]) -> type[Any]:
             self.__dict__["disconnected"] = value
 
     return DisconnectedCycle
+
+
+_STOPPED = b"The server is being stopped. Please try again.\n"
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: %d\r\nconnection: close\r\nretry-after: 0\r\n\r\n%s" % (len(_STOPPED), _STOPPED)
+)
+
+
+def refuse(websocket: Any) -> None:
+    """
+    Answer a WebSocket with 503 that the app has neither accepted nor refused, and close its connection.
+
+    From now on `receive()` says `websocket.disconnect`, and `send()` raises uvicorn's `ClientDisconnected`.
+    """
+    websocket.transport.write(_REFUSAL)
+    if hasattr(websocket, "queue"):  # wsproto, websockets-sansio
+        disconnect_websocket(websocket)
+        websocket.writable = _Gone()
+        websocket.handshake_complete = True  # or a handler that returns is logged as one that has forgotten it
+    else:
+        silence_expected_errors(websocket)
+        websocket.__class__ = _refused_class(type(websocket))  # type: ignore[arg-type]
+        websocket.ws_server.closing = True  # hence 1012
+        websocket.handler_task.cancel()  # it would answer as well
+        websocket.handshake_started_event.set()
+        websocket.handshake_completed_event.set()
+    websocket.transport.close()
+
+
+def disconnect_websocket(websocket: Any) -> None:
+    """Let `receive()` say `websocket.disconnect`; not for the legacy protocol."""
+    silence_expected_errors(websocket)
+    websocket.queue.put_nowait({"type": "websocket.disconnect", "code": 1012, "reason": ""})
+
+
+class _Gone(asyncio.Event):
+    """Replaces the event for which `send()` waits before anything else."""
+
+    async def wait(self) -> Literal[True]:
+        raise ClientDisconnected
+
+
+@functools.cache
+def _refused_class(legacy_class: type[Any]) -> type[Any]:
+    from websockets.exceptions import ConnectionClosedError  # it is there, since the legacy protocol is
+
+    class RefusedWebSocket(legacy_class):  # type: ignore[misc]
+        @property
+        def closed_event(self) -> asyncio.Event:
+            return asyncio.Event()  # is never set: `receive()` comes to `recv()`, and `send()` to `initial_response`
+
+        @property
+        def initial_response(self) -> None:
+            raise ClientDisconnected
+
+        async def recv(self) -> None:
+            raise ConnectionClosedError(None, None)
+
+    return RefusedWebSocket

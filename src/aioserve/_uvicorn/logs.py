@@ -10,19 +10,23 @@ from collections.abc import Callable
 from typing import Any
 
 from uvicorn.config import LOGGING_CONFIG
+from uvicorn.protocols.utils import ClientDisconnected
 
 logger = logging.getLogger("uvicorn.error")
 
 # What uvicorn logs of a handler that has left its response unfinished.
-_UNFINISHED = tuple(f"ASGI callable returned without {what} response." for what in ("starting", "completing"))
+_UNFINISHED = tuple(
+    f"ASGI callable returned without {what}."
+    for what in ("starting response", "completing response", "completing handshake")
+)
 
 
 def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | None = None) -> None:
     """
     Keep uvicorn from logging errors that the stop causes.
 
-    That is a handler's cancellation, and a response that it leaves unfinished after a disconnect. One line of ours says
-    both. `on_unfinished` is called where a handler has left its response unfinished.
+    That is a handler's cancellation, a `send()` to a WebSocket that was refused, and a response that is left unfinished
+    after a disconnect. One line of ours says what was forced. `on_unfinished` is called where a handler has left its response unfinished.
     """
     has_logger = handled
     if isinstance(getattr(handled, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own
@@ -48,8 +52,15 @@ class _QuietLogger(logging.Logger):
             super().error(msg, *args, **{"stacklevel": 2, **kwargs})
 
     def handle(self, record: logging.LogRecord) -> None:
-        if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):
+        if record.exc_info is None or not _is_expected(record.exc_info[1]):
             self._logger.handle(record)
+
+
+def _is_expected(exc: BaseException | None) -> bool:
+    expected = (asyncio.CancelledError, ClientDisconnected)
+    if isinstance(exc, BaseExceptionGroup):
+        return exc.split(expected)[1] is None
+    return isinstance(exc, expected)
 
 
 _quiet_logger = functools.cache(_QuietLogger)

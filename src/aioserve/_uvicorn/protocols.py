@@ -28,11 +28,13 @@ class Observer(Protocol):
     def has_more_requests(self, connection: Any) -> bool: ...
 
 
-ConnectionState: TypeAlias = Literal["busy", "partial", "new", "idle"]
+ConnectionState: TypeAlias = Literal["busy", "opening", "answering", "partial", "new", "idle"]
 """
 Whether a connection can be closed, by what has been read of it:
 
-    busy       a request is being handled
+    busy       a request is being handled, or a WebSocket is being refused with a response of the app's
+    opening    a WebSocket that the app has neither accepted nor refused yet
+    answering  one whose answer is sent in the next turns of the loop
     partial    a part of a request has arrived
     new        nothing has been read yet: a first request may be on its way
     idle       it can be closed
@@ -61,7 +63,7 @@ def is_http(connection: Any) -> bool:
 def connection_state(connection: Any) -> ConnectionState:
     """Return the state of a connection by what has been read from it."""
     if not is_http(connection):
-        return "idle"  # a WebSocket can be closed with 1012 at any time
+        return _websocket_state(connection)
     cycle = connection.cycle
     if cycle is not None and not cycle.response_complete:
         return "busy"
@@ -76,6 +78,17 @@ def connection_state(connection: Any) -> ConnectionState:
     if partial:
         return "partial"
     return "new" if cycle is None else "idle"
+
+
+def _websocket_state(websocket: Any) -> ConnectionState:
+    if hasattr(websocket, "handshake_completed_event"):  # the legacy one sends its answer in a task of its own
+        if websocket.handshake_completed_event.is_set():
+            return "idle"
+        return "answering" if websocket.handshake_started_event.is_set() else "opening"
+    # wsproto, websockets-sansio
+    if getattr(websocket, "response_started", False) or getattr(websocket, "initial_response", None) is not None:
+        return "idle" if websocket.close_sent else "busy"
+    return "idle" if websocket.handshake_complete else "opening"
 
 
 def unanswered_cycles(connection: Any) -> list[Any]:
@@ -100,12 +113,6 @@ def has_unread_body(connection: Any) -> bool:
 def has_had_request(connection: Any) -> bool:
     """Whether the head of a first request has been read; a WebSocket began with one."""
     return not is_http(connection) or connection.cycle is not None
-
-
-def is_handshake_complete(websocket: Any) -> bool:
-    """Whether the app has accepted or refused a WebSocket."""
-    completed: asyncio.Event | None = getattr(websocket, "handshake_completed_event", None)
-    return bool(websocket.handshake_complete) if completed is None else completed.is_set()
 
 
 def tasks_behind(websocket: Any) -> list[asyncio.Task[Any]]:
