@@ -77,10 +77,9 @@ class Connections:
         return not self.acceptor.pending and all(map(self._is_settled, self.state.connections))
 
     def _is_settled(self, connection: Any) -> bool:
-        if connection.transport.is_closing():
-            return True
-        is_read = not protocols.is_http(connection) or not self._unread(connection)
-        return protocols.connection_state(connection) in ("idle", "busy") and is_read
+        is_handled = protocols.connection_state(connection) in ("idle", "busy")
+        is_read = not (protocols.is_http(connection) and self._unread(connection))
+        return connection.transport.is_closing() or (is_handled and is_read)
 
     def is_finished(self) -> bool:
         return not (self.state.connections or self.acceptor.pending or self.has_handlers())
@@ -137,9 +136,7 @@ class Connections:
 
     def close_unneeded(self) -> None:
         """
-        Close the connections that are idle, and every other one as soon as it is idle.
-
-        WebSockets are closed with 1012, or refused with 503 where the app has not accepted them yet.
+        Close idle connections, WebSockets with 1012 or unaccepted with 503, and every other one as soon as it is idle.
 
         Handlers of event streams are told at once that their client has gone. A connection from which a request may
         still come is given some time for that, as is a TLS handshake.
@@ -194,8 +191,7 @@ class Connections:
     def _disconnect(self, connection: Any) -> None:
         for cycle in protocols.unanswered_cycles(connection):
             self._disconnect_cycle(cycle)
-        is_refused = not protocols.is_http(connection) and protocols.connection_state(connection) == "busy"
-        if self._disconnecting and is_refused:
+        if self._disconnecting and protocols.is_being_refused(connection):
             disconnect_websocket(connection)
 
     def _disconnect_cycle(self, cycle: Any) -> None:
@@ -237,9 +233,8 @@ class Connections:
             return
         announce_close(connection, self)
         if self._closing:
-            # It was accepted in the last moment, or has just been upgraded to a WebSocket.
+            # It was accepted in the last moment, or has just been upgraded: to a WebSocket that the app may accept.
             grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
-            # An app gets the same turns to accept a WebSocket as before the stop.
             turns = 1 if protocols.is_http(connection) else 1 + _limits.SETTLING_TURNS
             after_turns(turns, functools.partial(self._close_if_unneeded, connection, grace=grace))
             self._watch_handlers_soon()

@@ -29,6 +29,7 @@ BODY_TURNS = 100  # for a handler to read what has arrived of a body before that
 TURNS_BEFORE_TIMER = 3  # before it is worth the cost to make a timer for a wait
 LEAK_TURNS = 10  # for a loop to close what was just released, in a check for leaks: transports need two or three
 
+WRAPPING_COROUTINES = 50  # of a task factory that are looked into to find the handler that they wrap
 SAME_PORT_ATTEMPTS = 32  # to find a port that is free on several addresses, when any will do
 TRACEBACK_CHARACTERS = 100_000  # of an app's traceback; longer ones repeat themselves
 

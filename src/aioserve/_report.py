@@ -7,7 +7,8 @@ What a server says about itself: what it is doing, and how it was closed.
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
+from collections.abc import Iterator
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 _ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
@@ -28,9 +29,9 @@ class UnfinishedHandler(SimpleNamespace):
     """A handler that was still running when its time was over."""
 
     method: str
-    """The request's method; ``"WEBSOCKET"`` for a WebSocket."""
+    """The request's method; ``"WEBSOCKET"`` for a WebSocket; ``"?"`` where a task factory hides the request."""
     path: str
-    """The request's path, without the query string."""
+    """The request's path, without the query string; ``"?"`` where it is not known."""
     client: tuple[str, int] | None
     """The client's address and port; `None` where it has none, as on a Unix socket."""
     where: tuple[str, ...]
@@ -95,7 +96,7 @@ def _count(number: int, what: str) -> str:
 
 def unfinished_handler(scope: dict[str, Any], task: asyncio.Task[Any]) -> UnfinishedHandler:
     return UnfinishedHandler(
-        method=scope.get("method", "WEBSOCKET"),
+        method=scope.get("method") or ("WEBSOCKET" if scope.get("type") == "websocket" else "?"),
         path=scope.get("path", "?"),
         client=scope.get("client"),
         where=_await_chain(task.get_coro()),
@@ -103,15 +104,33 @@ def unfinished_handler(scope: dict[str, Any], task: asyncio.Task[Any]) -> Unfini
     )
 
 
-def _await_chain(waiting: Any) -> tuple[str, ...]:
-    chain = []
-    while waiting is not None:
-        for kind, awaited in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
-            frame = getattr(waiting, f"{kind}_frame", None)
-            if frame is not None:
-                chain.append(f"{waiting.__qualname__} ({frame.f_code.co_filename}:{frame.f_lineno})")
-                waiting = getattr(waiting, f"{kind}_{awaited}")
-                break
-        else:
-            break
-    return tuple(chain)
+def _await_chain(coroutine: object) -> tuple[str, ...]:
+    chain: dict[FrameType, str] = {}
+    while (frame := frame_of(coroutine)) is not None and frame not in chain:
+        name = getattr(coroutine, "__qualname__", frame.f_code.co_qualname)
+        chain[frame] = f"{name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        awaited = awaited_by(coroutine)
+        # A coroutine that has not begun may be one that a task factory has put around another one.
+        coroutine = next(coroutines_held_by(frame), None) if awaited is None else awaited
+    return tuple(chain.values())
+
+
+# What coroutines tell: also those of generators and of Cython, and nothing where they are something else.
+
+
+def frame_of(coroutine: object) -> FrameType | None:
+    return _first_of(coroutine, "cr_frame", "gi_frame", "ag_frame")  # type: ignore[no-any-return]
+
+
+def awaited_by(coroutine: object) -> object:
+    return _first_of(coroutine, "cr_await", "gi_yieldfrom", "ag_await")
+
+
+def _first_of(coroutine: object, *names: str) -> Any:
+    values = (getattr(coroutine, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
+
+
+def coroutines_held_by(frame: FrameType) -> Iterator[object]:
+    """The coroutines in the variables of a function, and in those of the functions around it that it uses."""
+    return (value for value in frame.f_locals.values() if hasattr(type(value), "cr_frame"))

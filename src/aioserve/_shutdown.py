@@ -5,9 +5,9 @@ How a server stops, from the call of `close()` to the last line.
     drain            for `drain_delay`, it still accepts
     stop accepting   one last look at the kernel's queue, then the listeners close; idle connections close
     settle           what has arrived is read
-    finish           WebSockets get 1012, and event streams hear `http.disconnect`; requests in flight run on, within
-                     `shutdown_timeout`; a first request may come within 0.25 s, the rest of one, or a TLS handshake,
-                     within 1 s after the last byte
+    finish           WebSockets get 1012, or 503 where they were not accepted yet, and event streams hear
+                     `http.disconnect`; requests in flight run on, within `shutdown_timeout`; a first
+                     request may come within 0.25 s, the rest of one, or a TLS handshake, within 1 s after the last byte
     disconnect       after `disconnect_after`, or when the budget is over, `receive()` says `http.disconnect`
     force            budget over: handlers are cancelled and awaited, the connections that are left are dropped
     end              the app's lifespan shuts down, after the last handler

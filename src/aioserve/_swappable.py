@@ -6,7 +6,8 @@ Each app runs in a task of its own. While one app is being replaced, two of them
 
     start            the new app's lifespan starts; the old app answers
     switch           between two turns of the loop; from here on, new requests go to the new app
-    finish           the old app's WebSockets get 1012; its requests in flight run on, within `shutdown_timeout`
+    finish           the old app's WebSockets get 1012, or 503 where they were not accepted yet; its requests in flight
+                     run on, within `shutdown_timeout`
     disconnect       its `receive()` says `http.disconnect`
     force            what is still running is cancelled, and awaited
     end              its lifespan shuts down, after its last request
@@ -69,9 +70,9 @@ class Swappable:
         Replace the app, and return when the old one has ended.
 
         The new app's lifespan starts; if that fails, nothing changes. Then new requests go to the new app. The old
-        app's WebSockets are closed with 1012; its requests in flight may finish. Those that do not finish in time are
-        told ``http.disconnect``, and then cancelled: the client gets a 503 if the response had not begun. In the end
-        the old app's lifespan shuts down.
+        app's WebSockets are closed with 1012, or refused with 503 where it has not accepted them yet; its requests in
+        flight may finish. Those that do not finish in time are told ``http.disconnect``, and then cancelled: the client
+        gets a 503 if the response had not begun. In the end the old app's lifespan shuts down.
 
         Several swaps at once are done one after the other, in the order of their calls.
 

@@ -39,6 +39,7 @@ class Opening:
         self.is_in = asyncio.Event()
         self.release = asyncio.Event()
         self.error: BaseException | None = None
+        self.has_answered = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "websocket"
@@ -107,6 +108,40 @@ async def test_websocket_that_is_not_accepted_gets_503_and_its_handler_a_disconn
     assert app.received == [{"type": "websocket.connect"}, GONE]
     assert app.error is None
     assert nothing_is_wrong(server, caplog)
+
+
+class Spy:
+    """A transport that also remembers what is written."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.written: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+        self._transport.write(data)
+
+
+@each_protocol
+@pytest.mark.parametrize("error", [None, ValueError("the app's own")], ids=["returns", "raises"])
+async def test_nothing_is_written_behind_the_503(ws: str, error: Exception | None) -> None:
+    """Where the transport cannot send at once, it would go to the client."""
+
+    async def handle(app: Opening, receive: Receive, send: Send) -> None:
+        await receives(app, receive, send)
+        if error is not None:
+            raise error
+
+    app = Opening(handle)
+    async with opening(app, ws=ws, shutdown_timeout=None) as (server, client):
+        (protocol,) = server.uvicorn.server_state.connections
+        protocol.transport = spy = Spy(protocol.transport)  # type: ignore[assignment]
+        server.close()
+        assert is_refusal(await client.rest())
+    assert is_refusal(b"".join(spy.written))
 
 
 MESSAGES: list[Message] = [
@@ -269,18 +304,21 @@ async def test_handler_of_a_refused_websocket_that_does_not_end_is_cancelled(
 async def accepts(app: Opening, receive: Receive, send: Send) -> None:
     await receive()
     await send({"type": "websocket.accept"})
+    app.has_answered = True
     await receive()
 
 
 async def closes(app: Opening, receive: Receive, send: Send) -> None:
     await receive()
     await send({"type": "websocket.close"})
+    app.has_answered = True
 
 
 async def denies(app: Opening, receive: Receive, send: Send) -> None:
     await receive()
     await send({"type": "websocket.http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
     await send({"type": "websocket.http.response.body", "body": b"no"})
+    app.has_answered = True
     await turns(5)  # websockets-sansio takes it for incomplete before the connection is lost
 
 
@@ -290,18 +328,26 @@ async def denies(app: Opening, receive: Receive, send: Send) -> None:
 async def test_websocket_is_answered_once_whenever_the_stop_comes(
     ws: str, handle: Any, status: bytes, count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The app's answer or the stop's, at every turn of the loop."""
-    server = await start(Opening(handle), lifespan="off", ws=ws, shutdown_timeout=None)
-    async with connect(server) as client:
-        await turns()
-        client.writer.write(UPGRADE)
+    """The app answers so many turns of the loop after the stop was asked for, or the stop does."""
+
+    async def later(app: Opening, receive: Receive, send: Send) -> None:
+        closing.append(asyncio.create_task(server.aclose()))
         await turns(count)
-        await server.aclose()
+        await handle(app, receive, send)
+
+    closing: list[asyncio.Task[None]] = []
+    app = Opening(later)
+    server = await start(app, lifespan="off", ws=ws, shutdown_timeout=None)
+    async with connect(server) as client:
+        client.writer.write(UPGRADE)
         answer = await client.rest()
-        assert answer.startswith(b"HTTP/1.1 " + status) or is_refusal(answer)
+        assert answer.startswith(b"HTTP/1.1 " + status) == app.has_answered
+        assert is_refusal(answer) != app.has_answered
         assert answer.count(b"HTTP/1.1") == 1
         assert answer.endswith(b"no") == (b"HTTP/1.1 401" in answer)
         assert (b"\x88\x02\x03\xf4" in answer) == (b"HTTP/1.1 101" in answer)  # the close frame with 1012
+        assert app.has_answered or count > 2
+        await closing[0]
     assert nothing_is_wrong(server, caplog)
 
 
@@ -330,6 +376,26 @@ async def test_response_in_place_of_a_websocket_that_has_begun_is_completed(
         assert (await client.rest()).endswith(b"notnow")
         await closing
     assert app.received == ([{"type": "websocket.connect"}, GONE] if waits else [{"type": "websocket.connect"}])
+    assert nothing_is_wrong(server, caplog)
+
+
+@pytest.mark.parametrize("ws", sorted(WS_PROTOCOLS.keys() - {"auto", "none", "websockets"}))
+async def test_response_in_place_of_a_websocket_that_is_left_unfinished_is_no_mistake_of_the_apps(
+    ws: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If its handler was told of a disconnect."""
+
+    async def handle(app: Opening, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.http.response.start", "status": 401, "headers": [(b"content-length", b"6")]})
+        await send({"type": "websocket.http.response.body", "body": b"not", "more_body": True})
+        await receive()
+
+    app = Opening(handle)
+    async with opening(app, ws=ws, shutdown_timeout=None, disconnect_after=0) as (server, client):
+        server.close()
+        assert not (await client.rest()).endswith(b"now")
+    assert app.received == [{"type": "websocket.connect"}, GONE]
     assert nothing_is_wrong(server, caplog)
 
 

@@ -163,17 +163,16 @@ async def test_websocket_that_is_accepted_soon_after_a_swap_is_closed_with_1012(
             await switched(swappable, second)
             after(count, first.accepting.set)
             first.release.set()
-            try:
-                websocket = await connecting
-            except InvalidStatus as exc:
-                assert exc.response.status_code == 503
-                assert count > 1
-            else:
-                with pytest.raises(ConnectionClosed) as caught:
-                    await websocket.recv()
-                assert caught.value.rcvd is not None
-                assert caught.value.rcvd.code == 1012
-                assert count < 4
+            with pytest.raises((ConnectionClosed, InvalidStatus)) as caught:
+                await (await connecting).recv()
+            match caught.value:
+                case ConnectionClosed(rcvd=closed):
+                    assert closed is not None
+                    assert closed.code == 1012
+                    assert count < 4
+                case InvalidStatus(response=response):
+                    assert response.status_code == 503
+                    assert count > 1
         swap.result()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS, LOGGING_CONFIG, WS_PROTOCOLS
 from uvicorn.importer import import_from_string
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.server import ServerState
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
@@ -27,8 +29,10 @@ from websockets.asyncio.client import connect as connect_websocket
 import aioserve._uvicorn
 from aioserve import Server, _connections, _engine, _options, serving
 from aioserve._connections import Connections
+from aioserve._uvicorn.disconnect import refuse
+from aioserve._uvicorn.protocols import connection_state
 from tests.helpers.apps import App, Receive, Scope, Send, without_lifespan
-from tests.helpers.clients import Connection, connect
+from tests.helpers.clients import UPGRADE, Connection, connect
 
 pytestmark = pytest.mark.timeout(10)  # if nothing works any more, the run should not take an hour
 
@@ -97,6 +101,49 @@ OF_WEBSOCKETS = [
         "websocket",
         "handshake_completed_event",
         "A WebSocket that opens during a stop would be refused.",
+        ("websockets",),
+    ),
+    Thing(
+        "websocket",
+        "handshake_started_event",
+        "A WebSocket that is accepted at the moment of a stop would be answered twice.",
+        ("websockets",),
+    ),
+    Thing(
+        "websocket",
+        "initial_response",
+        "A response in place of a WebSocket would be cut off by a stop.",
+        ("websockets", "websockets-sansio"),
+    ),
+    Thing("websocket", "response_started", "A response in place of a WebSocket would be cut off.", ("wsproto",)),
+    Thing(
+        "websocket",
+        "close_sent",
+        "A response in place of a WebSocket would hold a stop when it is complete.",
+        ("websockets-sansio", "wsproto"),
+    ),
+    Thing(
+        "websocket",
+        "queue",
+        "The handler of a WebSocket that is refused would get no disconnect.",
+        ("websockets-sansio", "wsproto"),
+    ),
+    Thing(
+        "websocket",
+        "writable",
+        "The handler of a WebSocket that is refused could send.",
+        ("websockets-sansio", "wsproto"),
+    ),
+    Thing(
+        "websocket",
+        "ws_server.closing",
+        "The handler of a WebSocket that is refused would not get 1012.",
+        ("websockets",),
+    ),
+    Thing(
+        "websocket",
+        "recv",
+        "The handler of a WebSocket that is refused would get no disconnect.",
         ("websockets",),
     ),
     Thing("websocket", "scope", "A WebSocket's handler that is cancelled would have no name in the report."),
@@ -476,6 +523,35 @@ async def test_shutdown_of_a_websocket_protocol_closes_with_1012(ws: str) -> Non
         protocol.shutdown()
         await client.wait_closed()
         assert client.close_code == 1012, "The clients of WebSockets would not know that they may connect again."
+
+
+@pytest.mark.parametrize("ws", WEBSOCKETS)
+async def test_websocket_that_is_not_accepted_can_be_refused(ws: str, caplog: pytest.LogCaptureFixture) -> None:
+    received: list[Any] = []
+    accepting = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        received.append(await receive())
+        accepting.set()
+        await send({"type": "websocket.accept"})
+
+    async with serving(app, ws=ws, lifespan="off") as server, connect(server) as client:
+        client.writer.write(UPGRADE)
+        state: Any = server.uvicorn.server_state
+        assert await soon(lambda: state.tasks)
+        (protocol,) = state.connections
+        breaks = "A WebSocket that is not accepted when a stop begins would not be refused with 503."
+        assert connection_state(protocol) == "opening", breaks
+        refuse(protocol)
+        assert (await client.rest()).startswith(b"HTTP/1.1 503"), breaks
+        await accepting.wait()
+        assert received[0]["code"] == 1012, "The handler of a WebSocket that is refused would get no disconnect."
+        assert await soon(lambda: not state.tasks), "The handler of a WebSocket that is refused would hold a stop."
+    assert issubclass(ClientDisconnected, OSError), "The handler of a WebSocket that is refused would not know it."
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == [], (
+        "A handler that accepts a WebSocket too late would leave a traceback in the log."
+    )
 
 
 async def test_legacy_websocket_protocol_runs_tasks_of_its_own() -> None:

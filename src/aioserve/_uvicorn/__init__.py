@@ -13,11 +13,16 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
 - Their `timeout_keep_alive_task` is a timer after a response, and `None` again as soon as more bytes have arrived. A
   lost connection can leave it behind.
 - Whether a part of a next request has arrived: httptools' `scope` and `pipeline` and h11's `conn.trailing_data` say so.
-- Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012, but one that
-  is not accepted yet with a 500. `handshake_complete` says whether it is accepted.
-- The legacy WebSocket protocol has a `handshake_completed_event` for that, and runs tasks of its own: `handler_task`
-  and `close_connection_task`.
-- A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope` and a `logger`.
+- Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012.
+- A WebSocket's `handshake_complete` says whether its app has accepted or refused it; with a response of its own,
+  `response_started` (wsproto) or `initial_response` (websockets-sansio) says that this has begun, and `close_sent` that
+  it is complete. `receive()` takes its messages from `queue`, and `send()` waits for `writable` before anything else.
+- The legacy WebSocket protocol has `handshake_started_event` and `handshake_completed_event` for that: between the two,
+  its `handler_task` sends the answer. `receive()` says 1012 if `recv()` raises and `ws_server.closing` is set;
+  `send()` looks at `initial_response`. `close_connection_task` is one more task of its own.
+- `ClientDisconnected` is an `OSError`, and a WebSocket's handler may raise it.
+- A request's or WebSocket's task runs a coroutine `run_asgi()`, whose `self` has the `scope` and a `logger`; or a task
+  factory has wrapped it.
 - `Config.load()` imports the app, calls a factory, makes the TLS context, and may raise `SystemExit`. An app that looks
   like ASGI 3 is not wrapped. All else in a loaded Config comes from the options, from FORWARDED_ALLOW_IPS, from the
   logger's level, and from what `HTTP_PROTOCOLS` and `WS_PROTOCOLS` name. `ProxyHeadersMiddleware` has `app` and

@@ -1,8 +1,8 @@
 """
 `receive()` says that the client has gone: `http.disconnect` while `send()` still works; and for WebSockets.
 
-For HTTP, uvicorn has one flag for both. `receive()` waits for an event, clears it, and looks at the flag; so the event is
-replaced, and the flag looks different right after the event was cleared.
+For HTTP, uvicorn has one flag for both. `receive()` waits for an event, clears it, and looks at the flag; so the event
+is replaced, and the flag looks different right after the event was cleared.
 """
 
 from __future__ import annotations
@@ -151,11 +151,7 @@ def _refused_class(legacy_class: type[Any]) -> type[Any]:
 
     class RefusedWebSocket(legacy_class):  # type: ignore[misc]
         @property
-        def closed_event(self) -> asyncio.Event:
-            return asyncio.Event()  # is never set: `receive()` comes to `recv()`, and `send()` to `initial_response`
-
-        @property
-        def initial_response(self) -> None:
+        def initial_response(self) -> None:  # `send()` looks at it, unless the app has closed the WebSocket
             raise ClientDisconnected
 
         async def recv(self) -> None:

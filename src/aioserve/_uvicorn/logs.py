@@ -26,7 +26,8 @@ def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | 
     Keep uvicorn from logging errors that the stop causes.
 
     That is a handler's cancellation, a `send()` to a WebSocket that was refused, and a response that is left unfinished
-    after a disconnect. One line of ours says what was forced. `on_unfinished` is called where a handler has left its response unfinished.
+    after a disconnect. One line of ours says what was forced. `on_unfinished` is called where a handler has left its
+    response unfinished.
     """
     has_logger = handled
     if isinstance(getattr(handled, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own

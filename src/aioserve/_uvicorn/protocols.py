@@ -8,13 +8,17 @@ objects; a cycle is one request of it, with its response.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Literal, Protocol, TypeAlias
 
 import uvicorn
 from uvicorn.server import ServerState
 
+from aioserve import _limits
 from aioserve._lifespan import Lifespan
+from aioserve._report import awaited_by, coroutines_held_by, frame_of
 
 
 class Observer(Protocol):
@@ -91,6 +95,11 @@ def _websocket_state(websocket: Any) -> ConnectionState:
     return "idle" if websocket.handshake_complete else "opening"
 
 
+def is_being_refused(connection: Any) -> bool:
+    """Whether it is a WebSocket that the app refuses with a response of its own, which is not complete."""
+    return not is_http(connection) and connection_state(connection) == "busy"
+
+
 def unanswered_cycles(connection: Any) -> list[Any]:
     """The cycles whose response is not complete: the current one, and with httptools those that wait behind it."""
     cycles = [getattr(connection, "cycle", None), *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
@@ -122,11 +131,44 @@ def tasks_behind(websocket: Any) -> list[asyncio.Task[Any]]:
 
 
 def handled_by(task: asyncio.Task[Any]) -> Any:
-    """The cycle or the WebSocket protocol whose handler runs in a task; `None` where the task is not a handler."""
-    frame = getattr(task.get_coro(), "cr_frame", None)
-    if frame is None or frame.f_code.co_name != "run_asgi":
+    """
+    The cycle or the WebSocket protocol whose handler runs in a task; `None` where the task is not a handler.
+
+    It is the `self` of uvicorn's `run_asgi()`, which a task factory may have wrapped in coroutines of its own.
+    """
+    try:
+        coroutine: Any = task.get_coro()
+        is_running = getattr(coroutine, "cr_running", False)
+        frame = _called_run_asgi(coroutine.cr_frame) if is_running else _awaited_run_asgi(coroutine)
+        return None if frame is None else frame.f_locals.get("self")
+    except Exception:  # noqa: BLE001 (a coroutine of somebody else's can be anything)
         return None
-    return frame.f_locals.get("self")
+
+
+def _called_run_asgi(outermost: FrameType) -> FrameType | None:
+    """Look for it in the stack of calls: a coroutine that is running does not tell what it awaits."""
+    found = None  # no list of frames: one that holds its own frame is left to the garbage collector
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "run_asgi":
+            found = frame
+        if frame is outermost:
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _awaited_run_asgi(outermost: Any) -> FrameType | None:
+    """Look for it in what a coroutine awaits, or holds in a variable, as a wrapper does that has not begun."""
+    coroutines = [outermost]
+    for coroutine in coroutines:
+        frame = frame_of(coroutine)
+        if frame is not None:
+            if frame.f_code.co_name == "run_asgi":
+                return frame
+            found = [awaited_by(coroutine), *coroutines_held_by(frame)]
+            coroutines += found[: _limits.WRAPPING_COROUTINES - len(coroutines)]
+    return None
 
 
 def unanswered_cycle_of(task: asyncio.Task[Any]) -> Any:
