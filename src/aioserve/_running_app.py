@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -194,8 +194,7 @@ class _Call:
             if self._closing is not None:
                 self._closing.cancel()
         if (self._disconnected or until_cancelled.expired()) and not self._answered:
-            for message in self._refusal():
-                await self._send(message)
+            await self._refuse()
         elif self._disconnected and self._is_open and is_event_stream(self.scope):
             await self._send({"type": "http.response.body", "body": b""})
 
@@ -236,21 +235,20 @@ class _Call:
         A WebSocket that is not accepted within a few turns of the loop is refused with 503.
         """
         if not self._retired and self.scope["type"] == "websocket":
-            after_turns(_limits.SETTLING_TURNS, self._refuse)
+            after_turns(_limits.SETTLING_TURNS, self._refuse_websocket)
         self._retired = True
         if self._is_open and is_event_stream(self.scope):
             self.disconnect()
         elif self._is_open and self.scope["type"] == "websocket" and self._closing is None:
-            self._close({"type": "websocket.close", "code": SERVICE_RESTART})
+            self._close(self._send({"type": "websocket.close", "code": SERVICE_RESTART}))
 
-    def _refuse(self) -> None:
-        """Refuse a WebSocket, unless the app has accepted or refused it."""
+    def _refuse_websocket(self) -> None:
         if not self._answered and not self.is_done:
             self._answered = True
-            self._close(*self._refusal())
+            self._close(self._refuse())
 
-    def _close(self, *messages: Message) -> None:
-        self._closing = asyncio.get_running_loop().create_task(self._send_last(messages), name="aioserve websocket")
+    def _close(self, sending: Awaitable[None]) -> None:
+        self._closing = asyncio.get_running_loop().create_task(self._send_last(sending), name="aioserve websocket")
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -265,21 +263,24 @@ class _Call:
         if self._until_cancelled is not None:
             self._until_cancelled.reschedule(0)
 
-    async def _send_last(self, messages: Sequence[Message]) -> None:
+    async def _send_last(self, sending: Awaitable[None]) -> None:
         try:
-            for message in messages:
-                await self._send(message)
+            await sending
         except Exception as exc:  # noqa: BLE001 (each server raises its own for a client that has gone)
             logger.debug("a WebSocket could not be closed: %r", exc)
 
-    def _refusal(self) -> list[Message]:
-        """A response with 503, or 403 for a WebSocket where the server knows no other."""
-        kind = "http.response" if self.scope["type"] == "http" else "websocket.http.response"
-        if kind != "http.response" and kind not in (self.scope.get("extensions") or {}):
-            return [{"type": "websocket.close", "code": SERVICE_RESTART}]
-        length = b"%d" % len(_REPLACED)
-        headers = [(b"content-type", b"text/plain"), (b"content-length", length), (b"retry-after", b"0")]
-        return [
-            {"type": f"{kind}.start", "status": 503, "headers": headers},
-            {"type": f"{kind}.body", "body": _REPLACED},
-        ]
+    async def _refuse(self) -> None:
+        """Send a response with 503, or 403 for a WebSocket where the server knows no other."""
+        headers = [(b"content-type", b"text/plain"), (b"retry-after", b"0")]
+        if self.scope["type"] == "http":
+            headers.append((b"content-length", b"%d" % len(_REPLACED)))
+            await self._send({"type": "http.response.start", "status": 503, "headers": headers})
+            await self._send({"type": "http.response.body", "body": _REPLACED})
+        elif "websocket.http.response" in (self.scope.get("extensions") or {}):
+            # Without a length: uvicorn's websockets-sansio gave two until 0.53.
+            await self._send({"type": "websocket.http.response.start", "status": 503, "headers": headers})
+            await self._send({"type": "websocket.http.response.body", "body": _REPLACED})
+            for _ in range(_limits.SETTLING_TURNS):  # until the connection is lost, that takes it for incomplete
+                await asyncio.sleep(0)
+        else:
+            await self._send({"type": "websocket.close", "code": SERVICE_RESTART})
