@@ -39,7 +39,7 @@ class StartupInterruptedError(StartupError):
     """
     The server was told to stop before it had started: by one of the `stop_on_signals`, or by ``close(timeout=0)``.
 
-    There is no `__cause__`. `serve()` returns normally after a signal.
+    Its `__cause__` is `None`. `serve()` returns normally after a signal.
     """
 
 

@@ -255,7 +255,7 @@ class InterruptScope:
     def __init__(self) -> None:
         self._interrupts = 0
 
-    def __enter__(self) -> Self:
+    def begin(self) -> Self:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
@@ -269,7 +269,7 @@ class InterruptScope:
         self._task.cancel()
 
     async def __aenter__(self) -> Self:
-        return self.__enter__()
+        return self.begin()
 
     async def __aexit__(self, _: object, exc: BaseException | None, __: object) -> bool:
         if not self._interrupts:
@@ -317,7 +317,7 @@ class ServingContext(Generic[Handle]):
         except BaseException:
             signals.release()
             raise
-        self._body.__enter__()
+        self._body.begin()
         server._engine.on_crash = self._body.interrupt
         signals.on_signal(self._end_by_signal)
         return server

@@ -103,10 +103,7 @@ OWN_OPTIONS: list[click.Parameter] = [
     _seconds("--startup-timeout", "How long the app's startup may take.  [default: 60; none: no limit]"),
     _seconds("--shutdown-timeout", "How long requests in flight may take to finish.  [default: 10; none: no limit]"),
     _seconds("--drain-delay", "How long to keep accepting after a stop is asked for.  [default: 0]"),
-    _seconds(
-        "--disconnect-after",
-        "When receive() returns http.disconnect.  [default: the shutdown timeout]",
-    ),
+    _seconds("--disconnect-after", "When receive() returns http.disconnect.  [default: the shutdown timeout]"),
     click.Option(
         ["--ready-fd"],
         metavar="NUMBER",
