@@ -7,7 +7,7 @@ import logging
 import math
 import socket
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import anyio
 import uvicorn
@@ -184,6 +184,15 @@ class ServerHandle:
         native = await outlast(closed.is_set, closed.wait, count)
         return native or from_scope if late is from_scope else late
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # so that the lifespan state, which it is in, can be copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"an aioserve.{type(self).__name__} cannot be pickled; pass its url instead")
+
     def _status(self) -> str:
         raise NotImplementedError
 
@@ -216,7 +225,7 @@ class Server(ServerHandle):
 
     You get one from `serving()`, `start()` or `serve()`. It is an async context manager too, which closes it at the end
     of the block: ``async with await start(app) as server``. The app's handlers find it as ``request.state.aioserve``
-    (``scope["state"]["aioserve"]``).
+    (``scope["state"]["aioserve"]``). A copy of it, as in a copy of that state, is the server itself.
 
     Everything but `close()` has to be called in the event loop in which it was started.
     """
