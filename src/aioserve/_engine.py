@@ -46,6 +46,7 @@ class Engine(ServerTask):
     on_closed: Callable[[], None] | None = None
     """Called at the end, before `closed` is set."""
     is_crashed: bool = False
+    _watchdog: asyncio.TimerHandle | None = None
     error: BaseException | None = None
     report: Report | None = None
 
@@ -112,12 +113,18 @@ class Engine(ServerTask):
             where = f"unix socket {listener.path}" if isinstance(listener.path, str) else url
             uvicorn_logger.info("Uvicorn running on %s%s", where, self.settings.started_hint)
         self.settings.notify_systemd("READY=1")
+        if self.settings.watchdog is not None:
+            self._answer_watchdog(*self.settings.watchdog)
         self._set_ready()
 
         await self._condition.wait_for(lambda: self.shutdown.is_set or self.lifespan.died)
         if self.lifespan.died and not self.is_stopping and not self.is_forced:
             self._crash("the app's lifespan died while it was serving", self.lifespan.error)
         self.shutdown.ask()
+
+    def _answer_watchdog(self, interval: float, answer: Callable[[], None]) -> None:
+        self._watchdog = self._loop.call_later(interval, self._answer_watchdog, interval, answer)
+        answer()
 
     def _ended(self, _: object) -> None:
         """Close also where the task was cancelled before its first step, so that it never ran."""
@@ -160,6 +167,8 @@ class Engine(ServerTask):
     def _clean_up(self) -> None:
         self.connections.close()
         self.shutdown.cancel_deadline()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         self.shutdown.set()
         if self.started:
             uvicorn_logger.info("Closed %s", ", ".join(self.urls))

@@ -80,8 +80,9 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             closed, and what waits in their queue at the end is left to their next user. Default: `None`.
         systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``), and only if there are none on
             those of the other options; a string is the name of one of them. Where systemd asks for it
-            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; for one with a name, only when
-            it is ready. Default: `False`.
+            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops, and its watchdog
+            (``WATCHDOG_USEC``) is answered from the loop until the server has closed, so that it restarts a program
+            whose loop is blocked; by one with a name, it is told only when that is ready. Default: `False`.
         ssl: A ready `ssl.SSLContext`. You can load new certificates into it while the server runs. Default: `None`;
             uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
         lifespan: ``"auto"``, the default: an app may have no lifespan, but one that began it and raised has failed.

@@ -32,7 +32,6 @@ _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
 
 _HINTS = {
-    errno.EADDRINUSE: "port=0 takes a free port",
     errno.EACCES: "a port below 1024 requires a privilege",
     errno.EADDRNOTAVAIL: "this machine does not have that address",
 }
@@ -90,7 +89,9 @@ Listen: TypeAlias = Callable[[int], Awaitable[list[Listener]]]
 """Takes a backlog, and opens all the sockets that the options ask for, or none; an `OSError` says which one failed."""
 
 
-async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port: bool) -> list[Listener]:
+async def listen_on_addresses(
+    host: Host, port: int, backlog: int, *, reuse_port: bool, hint_if_busy: str = "port 0 takes a free port"
+) -> list[Listener]:
     """Listen on all addresses of the hosts (`None`: every interface); port 0 is one free port for all of them."""
     hosts = [host] if host is None or isinstance(host, str) else host
     unique = {address[1]: address for each in hosts for address in await _resolve(each)}
@@ -103,8 +104,10 @@ async def listen_on_addresses(host: Host, port: int, backlog: int, *, reuse_port
             if exc.errno != errno.EADDRINUSE:
                 break
     hint = _HINTS.get(error.errno or 0)
-    if error.errno == errno.EADDRINUSE and port == 0:
-        hint = "no port is free on all of the addresses; one of them may include another" if len(unique) > 1 else None
+    if error.errno == errno.EADDRINUSE and port != 0:
+        hint = hint_if_busy
+    elif error.errno == errno.EADDRINUSE and len(unique) > 1:
+        hint = "no port is free on all of the addresses; one of them may include another"
     if hint is not None:
         error = OSError(error.errno, f"{error.strerror}; {hint}")
     raise error from None  # the system's own error says the same in fewer words
@@ -139,6 +142,7 @@ async def listen_on_systemd_sockets(name: str | None, fallback: Listen | None, b
 
     if descriptors := systemd.listen_fds(name):
         return await listen_on_descriptors(descriptors, backlog)
+    systemd.warn_if_for_another_process()
     if fallback is not None:
         return await fallback(backlog)
     named = "" if name is None else f" named {name!r}"

@@ -135,6 +135,7 @@ class ChildProcess(ServerTask):
             path=[os.path.abspath(each) for each in sys.path],
             parent=os.getpid(),
             stop_timeout=_limits.longest_stop(self._settings.drain_delay, budget),
+            alive_interval=self._settings.watchdog[0] if self._settings.watchdog else None,
         )
         try:
             self.process, self._events, self._lifeline = _spawn(self._app, handover)
@@ -182,6 +183,9 @@ class ChildProcess(ServerTask):
             self.started = True
             self._settings.notify_systemd("READY=1")
             self._set_ready()
+        if event["event"] in ("ready", "alive"):
+            if self.started and self._settings.watchdog is not None:
+                self._settings.watchdog[1]()  # both loops have to run for this
             return
 
         self._said_last = True
