@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aioserve import _limits
-from aioserve._connections import Connections
+from aioserve._connections import Connections, abandon
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
 from aioserve._lifespan import Lifespan
 from aioserve._net.listeners import Listener
@@ -31,7 +31,7 @@ from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
 from aioserve._uvicorn.logs import logger as uvicorn_logger
 from aioserve._uvicorn.protocols import scope_of
-from aioserve._waiting import Condition, start_task
+from aioserve._waiting import Condition, let_die_quietly, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -74,7 +74,9 @@ class Engine(ServerTask):
         self.shutdown: Shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
 
     def start(self) -> None:
-        start_task(self._serve(), name=f"aioserve {self.urls[0]}").add_done_callback(self._ended)
+        task = start_task(self._serve(), name=f"aioserve {self.urls[0]}")
+        task.add_done_callback(self._ended)
+        let_die_quietly(task)
 
     async def _serve(self) -> None:
         try:
@@ -88,8 +90,7 @@ class Engine(ServerTask):
                 logger.error("the server had failed before, and then: %s", error, exc_info=error)
         except GeneratorExit:
             # Its loop was closed, and now it is garbage.
-            self.connections.acceptor.close()
-            self._call_on_closed()
+            self.abandon()
             raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave the task)
             self._crash("the server's own task failed while it was stopping", exc)
@@ -177,6 +178,13 @@ class Engine(ServerTask):
         self.closed.set()
         # The state holds the `Server`, which holds this. Without it, neither waits for the garbage collector.
         self.lifespan.state = {name: value for name, value in self.lifespan.state.items() if name != "aioserve"}
+
+    def _abandon(self) -> str:
+        abandon(self.connections)
+        self._call_on_closed()
+        if not self._loop.is_closed():
+            self._ask(self._loop.time())  # if it runs again, the stop goes on
+        return "its sockets are closed, but requests in flight are lost, and the app's lifespan was not shut down"
 
     def _call_on_closed(self) -> None:
         if self.on_closed is not None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
 from aioserve._types import ASGIApp, Message, Scope
-from aioserve._waiting import Condition, start_task
+from aioserve._waiting import Condition, let_die_quietly, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -82,6 +82,7 @@ class Lifespan:
 
         self.task = start_task(self._run(), name="aioserve lifespan")
         self.task.add_done_callback(self._ended)
+        let_die_quietly(self.task)
         if not await self._condition.wait_for(
             lambda: self._started or self._failure is not None or self.is_over, timeout
         ):
@@ -166,10 +167,11 @@ class Lifespan:
         except BaseException as exc:  # noqa: BLE001
             # SystemExit and KeyboardInterrupt too: they would leave the task, and stop the loop and the program.
             self.error = exc
-        finally:
-            self.is_over = True
-            self._shutdown.set()  # for a task of the app's that is still in receive()
-            self._condition.notify()
+        self.is_over = True
+        if self.task is not None and self.task.get_loop().is_closed():
+            return  # it was closed under us, and this is garbage now
+        self._shutdown.set()  # for a task of the app's that is still in receive()
+        self._condition.notify()
 
     def _ended(self, _: object) -> None:
         """Notice the end of a task that was cancelled before its first step, so that `_run()` never ran."""

@@ -18,7 +18,7 @@ from aioserve._finish import finish
 from aioserve._lifespan import Lifespan
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._types import ASGIApp, Message, Receive, Scope, Send
-from aioserve._waiting import Condition
+from aioserve._waiting import Condition, let_die_quietly
 
 logger = logging.getLogger("aioserve")
 
@@ -54,6 +54,7 @@ class RunningApp:
 
     def start(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run(), name="aioserve swappable")
+        let_die_quietly(self.task)
 
     async def _run(self) -> None:
         try:

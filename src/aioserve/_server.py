@@ -108,7 +108,8 @@ class ServerHandle:
         Raises:
             ServerCrashedError: The app's lifespan died while it was serving.
             ShutdownError: The app's lifespan failed at its shutdown.
-            RuntimeError: As in `wait_closed()`.
+            RuntimeError: As in `wait_closed()`. But where the server's loop has ended, what can be closed without it is
+                closed, and that is logged.
         """
         await self.__aexit__(None, None, None)
 
@@ -118,6 +119,9 @@ class ServerHandle:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        if self._engine.has_lost_its_loop(exc):
+            self._engine.abandon()
+            return
         self._check_caller("aclose()")
         self._engine.close(begin=True)
         cancelled = isinstance(exc, asyncio.CancelledError)
@@ -202,7 +206,7 @@ class ServerHandle:
 
         status = self._status()
         where = [escape(url) for url in self.urls]
-        if status != "closed":
+        if not self._engine.closed.is_set() and not self._loop.is_closed():
             where = [url if "+unix:" in url else f'<a href="{url}" target="_blank">{url}</a>' for url in where]
         return f"aioserve.{type(self).__name__} {', '.join(where)} <em>{status}</em>"
 
@@ -282,6 +286,8 @@ class Server(ServerHandle):
     def _status(self) -> str:
         if self._engine.closed.is_set():
             return "closed"
+        if self._loop.is_closed():
+            return "its loop was closed"
         if self._engine.is_stopping:
             return "stopping"
         return "serving" if self.is_serving() else "starting"

@@ -83,7 +83,7 @@ class Acceptor:
             for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
-                if not listener.lent and _is_readable(listener.socket):
+                if not listener.lent and self._loop.is_running() and _is_readable(listener.socket):
                     self._accept(listener.socket)
             for retry in self._retries.values():
                 retry.cancel()

@@ -15,13 +15,15 @@ logger = logging.getLogger("uvicorn.error")
 # What uvicorn logs of a handler that has left its response unfinished.
 _UNFINISHED = tuple(f"ASGI callable returned without {what} response." for what in ("starting", "completing"))
 
+_EXPECTED = (asyncio.CancelledError, GeneratorExit)
+
 
 def silence_expected_errors(handled: Any) -> None:
     """
     Keep uvicorn from logging what the stop brings about as an error of the app's.
 
-    That is a handler's cancellation, and a response that it leaves unfinished after a disconnect. One line of ours says
-    both.
+    That is the end of a handler that was cancelled, or whose loop was closed, and a response that it leaves unfinished
+    after a disconnect. One line of ours says it all.
     """
     has_logger = handled
     if isinstance(getattr(handled, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own
@@ -44,7 +46,7 @@ class _QuietLogger(logging.Logger):
             super().error(msg, *args, **{"stacklevel": 2, **kwargs})
 
     def handle(self, record: logging.LogRecord) -> None:
-        if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):
+        if record.exc_info is None or not isinstance(record.exc_info[1], _EXPECTED):
             self._logger.handle(record)
 
 
