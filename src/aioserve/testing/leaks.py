@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -129,13 +130,33 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return the open descriptors with a description of each, without the null device, which uvloop keeps open."""
+    """Return the open descriptors with a description of each, without those that uvloop keeps open."""
     found = {}
-    for number in map(int, os.listdir("/dev/fd")):
+    for number in sorted(map(int, os.listdir("/dev/fd"))):
         with suppress(OSError):  # the one that was used to list the directory
             if (what := _describe(number)) != os.devnull:
                 found[number] = what
+    for number in _lock_of_uvloop([number for number, what in found.items() if what == "a pipe"]):
+        del found[number]
     return found
+
+
+def _lock_of_uvloop(pipes: list[int]) -> list[int]:
+    """
+    Return the two ends of the pipe that uvloop keeps from its first loop on, if it is among these.
+
+    libuv has it as a lock for its signal handlers. While nobody holds the lock, one byte waits in it.
+    """
+    if "uvloop" not in sys.modules:
+        return []
+    import fcntl  # not on every system; neither is /dev/fd
+    import termios
+
+    one = (1).to_bytes(4, sys.byteorder)
+    ends = [number for number in pipes if fcntl.ioctl(number, termios.FIONREAD, bytes(4)) == one]
+    if len(ends) == 1:  # not on Linux, where both ends tell what waits; the other end was opened right after this one
+        ends += [number for number in pipes if number > ends[0]]
+    return ends[:2]
 
 
 def _describe(descriptor: int) -> str:
