@@ -82,6 +82,8 @@ class Engine(ServerTask):
         try:
             await self._serve_until_asked()
             self.report, error = await self.shutdown.run(drain=self.started and not self.is_crashed)
+            if self.lifespan.crashed and self.error is None:  # when a stop was asked for already
+                self._note_crash("the app's lifespan died before it was told to shut down", self.lifespan.error)
             if self.shutdown.failure is not None:
                 self._note_crash("the server failed to begin its stop", self.shutdown.failure)
             if self.error is None:
@@ -119,7 +121,7 @@ class Engine(ServerTask):
         self._set_ready()
 
         await self._condition.wait_for(lambda: self.shutdown.is_set or self.lifespan.died)
-        if self.lifespan.died and not self.is_stopping and not self.is_forced:
+        if self.lifespan.crashed and not self.is_stopping and not self.is_forced:
             self._crash("the app's lifespan died while it was serving", self.lifespan.error)
         self.shutdown.ask()
 

@@ -46,7 +46,8 @@ class ServerCrashedError(ServingError):
     """
     The server died while the block's body was running. The body was cancelled.
 
-    `__cause__` is the exception that the app's lifespan raised while it was serving.
+    `__cause__` is the exception that the app's lifespan raised before it was told to shut down. If that happens while a
+    stop waits for requests, this is raised as well, but the body is not cancelled.
     """
 
 

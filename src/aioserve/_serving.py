@@ -8,6 +8,7 @@ The exit contract, which is what the rest of this package is for:
 3. The server crashes while the body runs (the app's lifespan raises): the task that entered `serving()` is cancelled,
    as an `asyncio.TaskGroup` would do it, and `ServerCrashedError` is raised. If something else cancelled it as well,
    that cancellation is raised and the crash is logged. A server from `start()` cancels nobody: `aclose()` raises.
+   A lifespan that raises before it was told to shut down is a crash in any case, also if the body has just ended.
 4. The server is asked to close (by a handler, by `close()`): the body goes on, and the block ends normally.
 5. Both fail: the body's exception is raised; the server's is added to it as a note, and logged.
 6. A cancellation from outside: the body unwinds first, while its server still answers; then the server stops within

@@ -176,6 +176,8 @@ class Swappable:
                     raise late
         if current.error is None:
             await send({"type": "lifespan.shutdown.complete"})
+        elif current.lifespan.crashed and "aioserve" in self._server_state:
+            await send({"type": "aioserve.lifespan.died"})
         elif not self._until_death.expired():
             await send({"type": "lifespan.shutdown.failed", "message": str(current.error)})
         return current.error
