@@ -54,6 +54,7 @@ def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
     made = request.param()
     yield made
     made.close()
+    gc.collect()  # so that nothing of this test is finalized in another one
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -152,11 +152,16 @@ def _lock_of_uvloop(pipes: list[int]) -> list[int]:
     import fcntl  # not on every system; neither is /dev/fd
     import termios
 
+    def is_end(number: int, kind: int) -> bool:
+        return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == kind
+
     one = (1).to_bytes(4, sys.byteorder)
-    ends = [number for number in pipes if fcntl.ioctl(number, termios.FIONREAD, bytes(4)) == one]
-    if len(ends) == 1:  # not on Linux, where both ends tell what waits; the other end was opened right after this one
-        ends += [number for number in pipes if number > ends[0]]
-    return ends[:2]
+    for reading in pipes:
+        if is_end(reading, os.O_RDONLY) and fcntl.ioctl(reading, termios.FIONREAD, bytes(4)) == one:
+            for writing in pipes:  # both ends are in this process, and were opened one after the other
+                if writing > reading and is_end(writing, os.O_WRONLY) and os.path.sameopenfile(reading, writing):
+                    return [reading, writing]
+    return []
 
 
 def _describe(descriptor: int) -> str:
