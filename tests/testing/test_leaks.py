@@ -170,7 +170,8 @@ import asyncio, os, sys, uvloop
 from aioserve.testing import assert_nothing_left
 
 def run():
-    asyncio.run(asyncio.sleep(0), loop_factory=uvloop.new_event_loop)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.sleep(0))
 
 for leaves in ("nothing", "a pipe", "a byte in a pipe"):
     reading, writing = -1, -1
