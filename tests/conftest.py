@@ -87,12 +87,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """
-    Exclude the imported modules, which are never garbage, from the collections after each test.
-
-    And let uvloop open the two pipes that it keeps from its first loop on.
-    """
-    uvloop.new_event_loop().close()
+    """Exclude the imported modules, which are never garbage, from the collections after each test."""
     gc.collect()
     gc.freeze()
 

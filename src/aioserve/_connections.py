@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -20,7 +21,7 @@ from aioserve._grace import GracePeriods
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import unread_bytes
+from aioserve._net.transports import drop, hang_up, unread_bytes
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
@@ -29,7 +30,7 @@ from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket, refus
 from aioserve._uvicorn.logs import silence_expected_errors
 from aioserve._uvicorn.protocols import ConnectionState
 from aioserve._uvicorn.state import LimitedState, TrackedState
-from aioserve._waiting import Condition, after_turns
+from aioserve._waiting import Condition, after_turns, let_die_quietly
 
 
 class Connections:
@@ -282,3 +283,21 @@ class Connections:
             for connection in list(self.state.connections):
                 self.acceptor.hang_up_when_flushed(connection.transport)
         self._condition.notify()
+
+
+def abandon(connections: Connections) -> None:
+    """Close the sockets, where the loop does not run any more; if it is closed, the handlers are garbage."""
+    connections.acceptor.close()
+    is_closed = connections._loop.is_closed()
+    if is_closed:
+        connections._closing = False  # nobody waits for their ends
+        for task in connections.state.tasks | connections._background | connections.acceptor.pending:
+            silence_expected_errors(protocols.handled_by(task))
+            let_die_quietly(task)
+    for connection in list(connections.state.connections):
+        raw = connections.acceptor.raw_transport(connection.transport)
+        hang_up(raw)
+        if is_closed:
+            with suppress(Exception):  # it may call the loop
+                connection.connection_lost(None)
+            drop(raw)

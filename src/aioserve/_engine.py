@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aioserve import _limits
-from aioserve._connections import Connections
+from aioserve._connections import Connections, abandon
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, StartupInterruptedError, describe_error
 from aioserve._lifespan import Lifespan
 from aioserve._net.listeners import Listener
@@ -30,7 +30,7 @@ from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
 from aioserve._uvicorn.logs import logger as uvicorn_logger
 from aioserve._uvicorn.protocols import scope_of
-from aioserve._waiting import Condition, start_task
+from aioserve._waiting import Condition, let_die_quietly, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -45,6 +45,7 @@ class Engine(ServerTask):
     on_closed: Callable[[], None] | None = None
     """Called at the end, before `closed` is set."""
     is_crashed: bool = False
+    _watchdog: asyncio.TimerHandle | None = None
     error: BaseException | None = None
     report: Report | None = None
 
@@ -72,12 +73,16 @@ class Engine(ServerTask):
         self.shutdown: Shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
 
     def start(self) -> None:
-        start_task(self._serve(), name=f"aioserve {self.urls[0]}").add_done_callback(self._ended)
+        task = start_task(self._serve(), name=f"aioserve {self.urls[0]}")
+        task.add_done_callback(self._ended)
+        let_die_quietly(task)
 
     async def _serve(self) -> None:
         try:
             await self._serve_until_asked()
             self.report, error = await self.shutdown.run(drain=self.started and not self.is_crashed)
+            if self.lifespan.crashed and self.error is None:  # when a stop was asked for already
+                self._note_crash("the app's lifespan died before it was told to shut down", self.lifespan.error)
             if self.shutdown.failure is not None:
                 self._note_crash("the server failed to stop accepting", self.shutdown.failure)
             if self.error is None:
@@ -86,8 +91,7 @@ class Engine(ServerTask):
                 logger.error("the server had failed; its stop failed as well: %s", error, exc_info=error)
         except GeneratorExit:
             # Its loop was closed, and now it is garbage.
-            self.connections.acceptor.close()
-            self._call_on_closed()
+            self.abandon()
             raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave the task)
             self._crash("the server's own task failed while it was stopping", exc)
@@ -120,12 +124,18 @@ class Engine(ServerTask):
             uvicorn_logger.info("Uvicorn running on %s%s", where, self.settings.started_hint)
         if not self.is_stopping:
             self.settings.notify_systemd("READY=1")
+        if self.settings.watchdog is not None:
+            self._answer_watchdog(*self.settings.watchdog)
         self._set_ready()
 
         await self._condition.wait_for(lambda: self.shutdown.is_set or self.lifespan.died)
-        if self.lifespan.died and not self.is_stopping and not self.is_forced:
+        if self.lifespan.crashed and not self.is_stopping and not self.is_forced:
             self._crash("the app's lifespan died while it was serving", self.lifespan.error)
         self.shutdown.ask()
+
+    def _answer_watchdog(self, interval: float, answer: Callable[[], None]) -> None:
+        self._watchdog = self._loop.call_later(interval, self._answer_watchdog, interval, answer)
+        answer()
 
     def _ended(self, _: object) -> None:
         """Close also where the task was cancelled before its first step, so that it never ran."""
@@ -168,6 +178,8 @@ class Engine(ServerTask):
     def _clean_up(self) -> None:
         self.connections.close()
         self.shutdown.cancel_deadline()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         self.shutdown.set()
         if self.started:
             uvicorn_logger.info("Closed %s", ", ".join(self.urls))
@@ -176,6 +188,13 @@ class Engine(ServerTask):
         self.closed.set()
         # The state holds the `Server`, which holds this. Without it, neither waits for the garbage collector.
         self.lifespan.state = {name: value for name, value in self.lifespan.state.items() if name != "aioserve"}
+
+    def _abandon(self) -> str:
+        abandon(self.connections)
+        self._call_on_closed()
+        if not self._loop.is_closed():
+            self._ask(self._loop.time())  # if it runs again, the stop goes on
+        return "its sockets are closed, but requests in flight are lost, and the app's lifespan was not shut down"
 
     def _call_on_closed(self) -> None:
         if self.on_closed is not None:

@@ -47,7 +47,8 @@ class ServerCrashedError(ServingError):
     """
     The server died. In a block that was running, the body is cancelled.
 
-    `__cause__` is the exception that the app's lifespan raised while it was serving, if it did.
+    `__cause__` is the exception that the app's lifespan raised before it was told to shut down. If that happens while a
+    stop waits for requests, this is raised as well, but the body is not cancelled.
     """
 
 

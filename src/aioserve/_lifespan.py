@@ -10,7 +10,7 @@ from typing import Any, Literal
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
 from aioserve._types import ASGIApp, Message, Scope
-from aioserve._waiting import Condition, start_task
+from aioserve._waiting import Condition, let_die_quietly, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -58,6 +58,7 @@ class Lifespan:
         self._shutdown = asyncio.Event()
         self._awaits_shutdown = False
         self._shutdown_received = False
+        self._was_told = False  # it was told to shut down before it raised
         self._awaits_more = False  # it calls receive() again, and no message is left
         self._abandoned = False  # we have cancelled it
 
@@ -65,6 +66,12 @@ class Lifespan:
     def died(self) -> bool:
         """Whether it raised while the app was serving. One that returned has nothing to do at the shutdown."""
         return self.is_over and self._started and self.error is not None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it raised before it was told to shut down: by its message, or by the end of `asyncio.run()`."""
+        is_end = self._condition.forced and isinstance(self.error, asyncio.CancelledError)
+        return self.died and not self._was_told and not is_end
 
     async def startup(self, timeout: float | None) -> None:
         """
@@ -80,6 +87,7 @@ class Lifespan:
 
         self.task = start_task(self._run(), name="aioserve lifespan")
         self.task.add_done_callback(self._ended)
+        let_die_quietly(self.task)
         if not await self._condition.wait_for(
             lambda: self._started or self._failure is not None or self.is_over, timeout
         ):
@@ -141,6 +149,10 @@ class Lifespan:
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 
         error = self._app_error()
+        if self.crashed:
+            raise ShutdownError(
+                f"the app's lifespan died before it was told to shut down: {describe_error(error)}"
+            ) from error
         if self._failure is not None or error is not None:
             raise ShutdownError(_failed("shut down", error, self._failure)) from error
 
@@ -165,10 +177,12 @@ class Lifespan:
         except BaseException as exc:  # noqa: BLE001
             # SystemExit and KeyboardInterrupt too: they would leave the task, and stop the loop and the program.
             self.error = exc
-        finally:
-            self.is_over = True
-            self._shutdown.set()  # for a task of the app's that is still in receive()
-            self._condition.notify()
+            self._was_told = self._shutdown_received or self._abandoned
+        self.is_over = True
+        if self.task is not None and self.task.get_loop().is_closed():
+            return  # it was closed under us, and this is garbage now
+        self._shutdown.set()  # for a task of the app's that is still in receive()
+        self._condition.notify()
 
     def _ended(self, _: object) -> None:
         """Notice the end of a task that was cancelled before its first step, so that `_run()` never ran."""
@@ -209,6 +223,8 @@ class Lifespan:
                 self._failure = str(message.get("message") or "")
             case "lifespan.shutdown.complete":
                 pass  # its return is what counts: clean-up may follow this message
+            case "aioserve.lifespan.died":
+                self._shutdown_received = False  # only by the `Swappable`, and not by its app
             case other:
                 self._refused = True
                 raise RuntimeError(f"a lifespan cannot send {other!r}; the scope's type is 'lifespan', not 'http'")

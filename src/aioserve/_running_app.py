@@ -19,7 +19,7 @@ from aioserve._finish import finish, is_event_stream
 from aioserve._lifespan import Lifespan
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._types import ASGIApp, Message, Receive, Scope, Send
-from aioserve._waiting import Condition, after_turns
+from aioserve._waiting import Condition, after_turns, let_die_quietly
 
 logger = logging.getLogger("aioserve")
 
@@ -56,6 +56,7 @@ class RunningApp:
 
     def start(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run(), name="aioserve swappable")
+        let_die_quietly(self.task)
 
     async def _run(self) -> None:
         before = self.lifespan.context

@@ -7,7 +7,7 @@ import logging
 import math
 import socket
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import anyio
 import uvicorn
@@ -109,7 +109,8 @@ class ServerHandle:
         Raises:
             ServerCrashedError: The app's lifespan died while it was serving.
             ShutdownError: The app's lifespan failed at its shutdown.
-            RuntimeError: As in `wait_closed()`.
+            RuntimeError: As in `wait_closed()`. But where the server's loop has ended, what can be closed without it is
+                closed, and that is logged.
         """
         await self.__aexit__(None, None, None)
 
@@ -119,6 +120,9 @@ class ServerHandle:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        if self._engine.has_lost_its_loop(exc):
+            self._engine.abandon()
+            return
         self._check_caller("aclose()")
         self._engine.close(begin=True)
         cancelled = isinstance(exc, asyncio.CancelledError)
@@ -184,6 +188,15 @@ class ServerHandle:
         later = await outlast(closed.is_set, closed.wait, count)
         return first or later or late
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # so that the lifespan state, which it is in, can be copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"an aioserve.{type(self).__name__} cannot be pickled; pass its url instead")
+
     def _status(self) -> str:
         raise NotImplementedError
 
@@ -193,7 +206,7 @@ class ServerHandle:
 
         status = self._status()
         where = [escape(url) for url in self.urls]
-        if status != "closed":
+        if not self._engine.closed.is_set() and not self._loop.is_closed():
             where = [url if "+unix:" in url else f'<a href="{url}" target="_blank">{url}</a>' for url in where]
         return f"aioserve.{type(self).__name__} {', '.join(where)} <em>{status}</em>"
 
@@ -221,7 +234,7 @@ class Server(ServerHandle):
 
     You get one from `serving()`, `start()` or `serve()`. It is an async context manager too, which closes it at the end
     of the block: ``async with await start(app) as server``. The app's handlers find it as ``request.state.aioserve``
-    (``scope["state"]["aioserve"]``).
+    (``scope["state"]["aioserve"]``). A copy of it, as in a copy of that state, is the server itself.
 
     Everything but `close()` has to be called in the event loop in which it was started.
     """
@@ -282,6 +295,8 @@ class Server(ServerHandle):
     def _status(self) -> str:
         if self._engine.closed.is_set():
             return "closed"
+        if self._loop.is_closed():
+            return "its loop was closed"
         if self._engine.is_stopping:
             return "stopping"
         return "serving" if self.is_serving() else "starting"

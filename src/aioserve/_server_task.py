@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from aioserve._net.listeners import Listener
 from aioserve._report import Report
+
+logger = logging.getLogger("aioserve")
 
 
 class ServerTask:
@@ -17,11 +21,13 @@ class ServerTask:
     error: BaseException | None = None
     """What went wrong: an `OSError` or a `ServingError`."""
     report: Report | None = None
+    _is_abandoned: bool = False
     on_crash: Callable[[], None] | None = None
     """Called when the server dies while it is serving."""
 
     def __init__(self, listeners: Sequence[Listener], *, has_tls: bool) -> None:
         self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
         self.listeners = listeners
         scheme = "https" if has_tls else "http"
         self.urls: list[str] = [listener.url(scheme) for listener in listeners]
@@ -35,6 +41,28 @@ class ServerTask:
 
         With `begin`, the caller is a task of the server's loop that is about to wait for the end.
         """
+        raise NotImplementedError
+
+    def has_lost_its_loop(self, exc: BaseException | None) -> bool:
+        """Whether nobody can await the end: its loop does not run, and no other one that could be told so does."""
+        if self._loop.is_running():
+            return False
+        # A block whose loop was closed can be closed as garbage, in any loop; there is nobody to tell.
+        return self._loop.is_closed() or isinstance(exc, GeneratorExit) or asyncio._get_running_loop() is None
+
+    def abandon(self) -> None:
+        """Close what can be closed where the loop does not run any more."""
+        if self.closed.is_set() or self._is_abandoned or self._pid != os.getpid():
+            return  # a fork of its process has no part in it
+        self._is_abandoned = True
+        logger.warning(
+            "%s: its event loop has ended before the server: %s; leave the block, or await aclose(), while it runs",
+            self.urls[0],
+            self._abandon(),
+        )
+
+    def _abandon(self) -> str:
+        """Do so, and return what it means."""
         raise NotImplementedError
 
     def owns(self, task: asyncio.Task[Any] | None) -> bool:

@@ -8,6 +8,7 @@ The exit contract, which is what the rest of this package is for:
 3. The server crashes while the body runs (the app's lifespan raises): the task that entered `serving()` is cancelled,
    as an `asyncio.TaskGroup` would do it, and `ServerCrashedError` is raised. If something else cancelled it as well,
    that cancellation is raised and the crash is logged. A server from `start()` cancels nobody: `aclose()` raises.
+   A lifespan that raises before it was told to shut down is a crash in any case, also if the body has just ended.
 4. The server is asked to close (by a handler, by `close()`): the body goes on, and the block ends normally.
 5. Both fail: the body's exception is raised; the server's is added to it as a note, and logged.
 6. A cancellation from outside: the body unwinds first, while its server still answers; then the server stops within
@@ -82,8 +83,9 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             closed, and what waits in their queue at the end is left to their next user. Default: `None`.
         systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``); if there are none, on those of
             the other options, if given. A string is the name of one of them. Where systemd asks for it
-            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops; a server with a named socket
-            reports only that it is ready. Default: `False`.
+            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops, and its watchdog
+            (``WATCHDOG_USEC``) is answered from the loop until the server has closed, so that it restarts a program
+            whose loop is blocked; a server with a named socket reports only that it is ready. Default: `False`.
         ssl: A ready `ssl.SSLContext`. You can load new certificates into it while the server runs. Default: `None`;
             uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
         lifespan: ``"auto"``, the default: an app may have no lifespan, but one that began it and raised has failed.

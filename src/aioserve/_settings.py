@@ -6,7 +6,7 @@ import inspect
 import os
 import signal
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from ssl import SSLContext
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from aioserve._uvicorn.config import make_config
 
 _HOST = "127.0.0.1"
 _UDS_MODE = 0o600
+_OF_ONE_SERVER = ("READY=1",)
 _NOT_PASSED = _options.OWN_OPTIONS | {"access_log"}
 _BIND_FREE_PORT = partial(listeners.bind_addresses, _HOST, 0, reuse_port=False)
 
@@ -39,12 +40,18 @@ class Settings(NamedTuple):
     stop_on_signals: tuple[int, ...]
     started_hint: str = ""
     """What the log line of the start says behind the URLs."""
+    watchdog: tuple[float, Callable[[], None]] | None = None
+    """What to call from the loop, and each how many seconds, so that systemd sees that the loop is not blocked."""
 
     def notify_systemd(self, state: str) -> None:
         if state in self.systemd_states:
             from aioserve._net.systemd import notify  # imported already, since its sockets were asked for
 
             notify(state)
+
+    def as_service(self) -> "Settings":
+        """Return the settings of a server that is all of its service, even if it asked for a socket with a name."""
+        return self._replace(**_notifications(True)) if self.systemd_states == _OF_ONE_SERVER else self
 
 
 def parse(app: App, options: Mapping[str, Any]) -> Settings:
@@ -75,16 +82,14 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
     access_log = options.get("access_log", True)
     passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
-    systemd = options.get("systemd")
     return Settings(
         config=make_config(app, passed),
         bind=_how_to_bind(options),
-        # The stop of one of several servers, which are told apart by name, is not that of the service.
-        systemd_states=("READY=1", "STOPPING=1") if systemd is True else ("READY=1",) if systemd else (),
         ssl=options.get("ssl"),
         access_log=access_log,
         stop_on_signals=_signals(options),
         **_timeouts(options),
+        **_notifications(options.get("systemd")),  # with logging set up, which is done with the Config
     )
 
 
@@ -127,6 +132,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
 def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
     if options.keys().isdisjoint(_options.LISTEN_OPTIONS):
         return _BIND_FREE_PORT
+    systemd = options.get("systemd", False)
     kind = next((name for name in ("uds", "fd", "sockets") if options.get(name) is not None), None)
     match kind:
         case "uds":
@@ -139,8 +145,9 @@ def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
         case _:
             host, port, shared = options.get("host", _HOST), options.get("port", 0), options.get("reuse_port", False)
             bind = partial(listeners.bind_addresses, host, port, reuse_port=shared)
+            if systemd:
+                bind = partial(bind, hint_if_busy="systemd's socket or another process listens there")
 
-    systemd = options.get("systemd", False)
     if systemd is False or systemd is None:
         return bind
     if kind in ("fd", "sockets"):
@@ -148,6 +155,18 @@ def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
     has_fallback = kind is not None or "host" in options or "port" in options or options.get("reuse_port")
     name = None if systemd is True else systemd
     return partial(listeners.duplicate_systemd_sockets, name, bind if has_fallback else None)
+
+
+def _notifications(systemd: bool | str | None) -> dict[str, Any]:
+    """Return the settings for what systemd is told."""
+    if not systemd:
+        return {"systemd_states": ()}
+    # The stop of one of several servers, which are told apart by name, is not that of the service.
+    if systemd is not True:
+        return {"systemd_states": _OF_ONE_SERVER}
+    from aioserve._net.systemd import watchdog  # only where it is needed
+
+    return {"systemd_states": ("READY=1", "STOPPING=1"), "watchdog": watchdog()}
 
 
 def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:

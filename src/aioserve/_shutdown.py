@@ -115,7 +115,9 @@ class Shutdown:
         """Stop, and return how it went, and what the app's lifespan raised. A server that has failed does not drain."""
         asked_at = self._loop.time() if self.asked_at is None else self.asked_at
         if drain and self._settings.drain_delay:
-            await self._condition.wait_for(lambda: self.is_expired, self._settings.drain_delay)
+            await self._condition.wait_for(
+                lambda: self.is_expired or self._lifespan.crashed, self._settings.drain_delay
+            )
 
         if not self._has_stopped_accepting:
             self._stop_accepting()

@@ -169,13 +169,16 @@ class Swappable:
             self._loop = None
             current, self._current = self._current, None
             assert current is not None
-            for running in self._running:
-                running.end()
-            late = await _outlast_tasks({running.task for running in self._running}, self._cancel_lifespans)
-            if late is not None:
-                raise late
+            if not self._lifespan_task.get_loop().is_closed():  # else all of this is garbage
+                for running in self._running:
+                    running.end()
+                late = await _outlast_tasks({running.task for running in self._running}, self._cancel_lifespans)
+                if late is not None:
+                    raise late
         if current.error is None:
             await send({"type": "lifespan.shutdown.complete"})
+        elif current.lifespan.crashed and "aioserve" in self._server_state:
+            await send({"type": "aioserve.lifespan.died"})
         elif not self._until_death.expired():
             await send({"type": "lifespan.shutdown.failed", "message": str(current.error)})
         return current.error

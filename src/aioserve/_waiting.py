@@ -27,6 +27,14 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
     return loop.create_task(coroutine, name=name)
 
 
+def let_die_quietly(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from logging that a task was pending when its loop was closed; we log it once for a server."""
+    try:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # as `run_until_complete()` does
+    except AttributeError:
+        pass  # a task factory has made something else
+
+
 async def outlast(
     is_over: Callable[[], bool], wait: Callable[[], Awaitable[object]], on_cancel: Callable[[], object]
 ) -> asyncio.CancelledError | None:
@@ -81,7 +89,10 @@ class Condition:
         """Let the waiting task look at its predicate again."""
         self._changed = True
         if self._sleeper is not None and not self._sleeper.done():
-            self._sleeper.set_result(None)
+            try:
+                self._sleeper.set_result(None)
+            except RuntimeError:
+                pass  # its loop is closed
 
     def force(self) -> None:
         """End every wait that is not bounded by its own timeout, now and later."""

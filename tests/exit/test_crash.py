@@ -12,9 +12,10 @@ import anyio
 import pytest
 
 from aioserve import Server, ServerCrashedError, serving, start
-from tests.helpers.apps import App
+from tests.helpers.apps import App, AppError, Receive, Scope, Send
 from tests.helpers.clients import connect
-from tests.helpers.turns import after
+from tests.helpers.turns import after, turns
+from tests.helpers.ways import WAYS
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -75,6 +76,59 @@ async def test_exception_of_the_body_wins_over_the_crash(caplog: pytest.LogCaptu
         f"aioserve: the server failed as well: ServerCrashedError: {CRASHED}",
     ]
     assert "the app's lifespan died" in caplog.text
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_lifespan_that_raises_before_it_is_told_to_shut_down_has_crashed(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the stop was asked for before: it was finishing a request. The error is raised, and not logged as well."""
+    app = App()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def ask(server: Server) -> None:
+        async with connect(server) as connection:
+            connection.ask("/hold")
+            await app.holding.wait()
+            server.close()
+            await turns()
+            app.crash.set()
+            await turns()
+            app.release.set()
+            assert (await connection.answer()).endswith(b"hello")
+
+    async def body(server: Server) -> None:
+        tasks.append(asyncio.create_task(ask(server)))
+        if way != "serve":
+            await app.holding.wait()
+
+    with pytest.raises(ServerCrashedError) as caught:
+        await WAYS[way](app, body)
+    await asyncio.wait(tasks)
+    assert caught.value.__cause__ is app.error
+    assert str(caught.value) == "the app's lifespan died before it was told to shut down: AppError: the app's own"
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_crash_is_one_though_a_task_of_the_app_is_told_to_shut_down_after_it() -> None:
+    """A task that the app's lifespan has left behind, which waits in `receive()`, can end."""
+    error = AppError("the app's own")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        left.append(asyncio.create_task(receive()))  # type: ignore[arg-type]
+        await dying.wait()
+        raise error
+
+    left: list[asyncio.Task[dict[str, str]]] = []
+    dying = asyncio.Event()
+    with pytest.raises(ServerCrashedError) as caught:
+        async with serving(app):
+            dying.set()
+            await asyncio.Event().wait()
+    assert caught.value.__cause__ is error
+    assert await left[0] == {"type": "lifespan.shutdown"}
 
 
 async def test_requests_in_flight_are_answered_after_a_crash() -> None:

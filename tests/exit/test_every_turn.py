@@ -156,11 +156,46 @@ async def test_lifespan_can_raise_at_every_turn(
 
     async def die(run: Run, turn: int) -> bool:
         run.app.error = make_error()
-        return await undisturbed(
-            run, turn, run.app.raise_now, lambda failed: isinstance(failed, OURS) and failed.__cause__ is run.app.error
-        )
+        return await dying(run, turn, run.app.raise_now)
 
     record_property("points", await walk(partial(Run, way), die))
+
+
+@pytest.mark.parametrize("swappable", [False, True], ids=["", "in a Swappable"])
+@pytest.mark.parametrize("apart", [None, -4, -1, *APART])
+async def test_lifespan_that_raises_before_it_is_told_to_shut_down_has_crashed(
+    way: str, apart: int | None, swappable: bool, record_property: Record
+) -> None:
+    """Also in the turn in which the body ends, or in which the server is asked to close; and only then."""
+
+    async def die(run: Run, turn: int) -> bool:
+        def close() -> None:
+            if run.server is not None:
+                run.server.close()
+
+        if apart is not None:
+            after(max(turn + apart, 0), unless_over(run, close))
+        return await dying(run, turn, run.app.raise_now)
+
+    record_property("points", await walk(partial(Run, way, swappable=swappable), die))
+
+
+async def dying(run: Run, turn: int, die: Callable[[], object]) -> bool:
+    """Let the lifespan raise: the server's error is of the kind that the app knows, and no other comes out."""
+
+    def accept(failed: BaseException) -> bool:
+        assert run.app.state is not None
+        # An app of a `Swappable` can raise when it has started itself, and its server has not.
+        started = run.app.state["aioserve"]._engine.started
+        return type(failed) is (run.app.raised if started else StartupError) and failed.__cause__ is run.app.error
+
+    came = await undisturbed(run, turn, die, accept)
+    if run.app.raised is not None:
+        assert run.app.state is not None
+        error = run.app.state["aioserve"]._engine.error
+        assert error is not None
+        assert accept(error), (run.app.raised, error)
+    return came
 
 
 async def test_lifespan_can_hang_at_every_turn(way: str, record_property: Record) -> None:

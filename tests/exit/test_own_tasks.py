@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from aioserve import ServerCrashedError, StartupError, serve, serving, start
+from aioserve import Server, ServerCrashedError, ShutdownError, StartupError, serve, serving, start
 from aioserve.testing.leaks import open_descriptors
 from tests.helpers.apps import App
 from tests.helpers.clients import connect
@@ -99,6 +99,24 @@ def test_server_that_is_never_closed_ends_with_its_loop(way: str, caplog: pytest
 
     assert events == ["started", "shut down"]
     assert [record for record in caplog.records if record.name == "aioserve"] == []
+
+
+def test_lifespan_that_ends_with_its_loop_has_not_crashed() -> None:
+    """Where it does not wait in `receive()`, the cancellation by `asyncio.run()` is what tells it to shut down."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        servers.append(await start(app))
+
+    servers: list[Server] = []
+    asyncio.run(main())
+    error = servers[0]._engine.error
+    assert isinstance(error, ShutdownError)
+    assert isinstance(error.__cause__, asyncio.CancelledError)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")

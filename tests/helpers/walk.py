@@ -19,10 +19,20 @@ import anyio
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aioserve import Server, serve, serving, start
+from aioserve import (
+    Server,
+    ServerCrashedError,
+    ServingError,
+    ShutdownError,
+    StartupError,
+    Swappable,
+    serve,
+    serving,
+    start,
+)
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import connect
-from tests.helpers.turns import after
+from tests.helpers.turns import after, turns
 
 # One of so many turns is tried; the option `--every` sets it.
 every = 1
@@ -47,6 +57,12 @@ class Fragile(App):
     def __init__(self) -> None:
         super().__init__()
         self.busy = 0
+        self.began = False
+        self.started = False
+        self.told = False
+        """Whether it has received that it is to shut down."""
+        self.raised: type[ServingError] | None = None
+        """What the server's error is to be, once its lifespan has raised."""
         self._task: asyncio.Task[object] | None = None
         self._fate: Callable[[], Awaitable[None]] | None = None
 
@@ -66,7 +82,7 @@ class Fragile(App):
         assert self._task is not None
         try:
             if self._fate is None:
-                await super().lifespan(scope, partial(self._slowly, receive), partial(self._slowly, send))
+                await super().lifespan(scope, partial(self._receive, receive), partial(self._send, send))
                 return
         except asyncio.CancelledError:
             if self._fate is None:
@@ -74,10 +90,17 @@ class Fragile(App):
             self._task.uncancel()
         await self._fate()
 
-    async def _slowly(self, call: Callable[..., Awaitable[Any]], *message: Any) -> Any:
-        for _ in range(LIFESPAN_TURNS):
-            await asyncio.sleep(0)
-        return await call(*message)
+    async def _receive(self, receive: Receive) -> dict[str, Any]:
+        await turns(LIFESPAN_TURNS)
+        message = await receive()
+        self.began = True
+        self.told = message["type"] == "lifespan.shutdown"
+        return message
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        await turns(LIFESPAN_TURNS)
+        await send(message)
+        self.started = True
 
     async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.busy += 1
@@ -92,6 +115,12 @@ class Fragile(App):
             self.busy -= 1
 
     async def _raise(self) -> None:
+        if self.told:
+            self.raised = ShutdownError
+        elif self.started:
+            self.raised = ServerCrashedError
+        elif self.began:  # otherwise it counts as an app without a lifespan
+            self.raised = StartupError
         raise self.error
 
     async def _hang(self) -> None:
@@ -101,8 +130,9 @@ class Fragile(App):
 class Run:
     """One run by one way to start: the app starts, a request is answered, the server stops."""
 
-    def __init__(self, way: str, **options: Any) -> None:
+    def __init__(self, way: str, *, swappable: bool = False, **options: Any) -> None:
         self.app = Fragile()
+        self.served: Any = Swappable(self.app) if swappable else self.app
         self.options = options
         self.server: Server | None = None
         self.over = False
@@ -146,12 +176,12 @@ class Run:
 
 
 async def by_serving(run: Run) -> None:
-    async with serving(run.app, **run.options) as server:
+    async with serving(run.served, **run.options) as server:
         await run.visit(server)
 
 
 async def by_start(run: Run) -> None:
-    server = await start(run.app, **run.options)
+    server = await start(run.served, **run.options)
     try:
         await run.visit(server)
     finally:
@@ -159,7 +189,7 @@ async def by_start(run: Run) -> None:
 
 
 async def by_start_block(run: Run) -> None:
-    async with await start(run.app, **run.options) as server:
+    async with await start(run.served, **run.options) as server:
         await run.visit(server)
 
 
@@ -169,12 +199,12 @@ async def by_serve(run: Run) -> None:
             assert value is not None
             run.visit_and_close(value)
 
-    await serve(run.app, task_status=Started(), **run.options)
+    await serve(run.served, task_status=Started(), **run.options)
 
 
 async def by_task_group(run: Run) -> None:
     async with anyio.create_task_group() as task_group:
-        server = await task_group.start(partial(serve, run.app, **run.options))
+        server = await task_group.start(partial(serve, run.served, **run.options))
         await run.visit(server)
         task_group.cancel_scope.cancel()
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -48,6 +50,14 @@ async def test_child_process_serves_for_the_length_of_the_block(capfd: pytest.Ca
     out, err = capfd.readouterr()
     assert out.splitlines() == [f"starting {server.pid}", "lifespan over"]
     assert err == ""
+
+
+async def test_server_in_a_child_process_is_copied_as_itself_and_not_pickled() -> None:
+    """As a server of this process; a copy could not watch the child."""
+    async with serving_process(TALKING) as server:
+        assert copy.copy(server) is copy.deepcopy({"server": server})["server"] is server
+        with pytest.raises(TypeError, match=r"^an aioserve\.ServerProcess cannot be pickled; pass its url instead$"):
+            pickle.dumps(server)
 
 
 async def test_child_answers_requests_in_its_queue_when_it_stops() -> None:

@@ -12,6 +12,7 @@ import signal
 import pytest
 
 from aioserve import (
+    ServerCrashedError,
     ServerProcess,
     ShutdownError,
     _limits,
@@ -36,6 +37,18 @@ async def test_report_of_a_child_names_the_handlers_that_were_cancelled(capfd: p
     assert handler.client[0] == "127.0.0.1"
     assert any("apps.py" in each for each in handler.where)
     assert ": forced shutdown: " in capfd.readouterr().err
+
+
+async def test_crash_of_a_child_that_is_stopping_is_a_crash() -> None:
+    """Its app was not told to shut down before: it was draining."""
+    with pytest.raises(ServerCrashedError, match="the app's lifespan died before it was told to shut down: AppError"):
+        async with serving_process(TALKING, drain_delay=60) as server:
+            server.close()
+            while "connection" not in (response := await get(server)).headers:
+                pass
+            assert response.headers["connection"] == "close"
+            await get(server, "/crash")
+            await server.wait_closed()
 
 
 @pytest.mark.parametrize("how", ["a second cancellation", "close(timeout=0)", "close(timeout=0.1)"])

@@ -5,7 +5,9 @@ What a `Server` says of itself: `stopping`, `stats`, `state`, its representation
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request, Response
 
-from aioserve import Stats, serving, start
-from tests.helpers.apps import App, without_lifespan
-from tests.helpers.clients import connect, get
+from aioserve import Stats, Swappable, serving, start
+from tests.helpers.apps import App, Receive, Scope, Send, without_lifespan
+from tests.helpers.clients import PIPELINING, UPGRADE, connect, get
 from tests.helpers.turns import turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -127,3 +129,35 @@ async def test_server_has_a_state_without_a_lifespan() -> None:
     """The server itself is in it."""
     async with serving(without_lifespan, lifespan="off") as server:
         assert server.state == {"aioserve": server}
+
+
+@pytest.mark.parametrize("http", PIPELINING)
+@pytest.mark.parametrize("swappable", [False, True], ids=["", "in a Swappable"])
+async def test_state_with_the_server_in_it_can_be_copied(http: Any, swappable: bool) -> None:
+    """By middleware, for a request, a WebSocket and the lifespan: the server in the copy is the server."""
+
+    class Copying(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            copied = copy.deepcopy(scope)
+            assert copied["state"] is not scope["state"]
+            copies[scope["type"]] = copied["state"]["aioserve"]
+            await super().__call__(scope, receive, send)
+
+    copies: dict[str, Any] = {}
+    app: Any = Copying()
+    async with serving(Swappable(app) if swappable else app, http=http) as server, connect(server) as connection:
+        assert (await get(server)).text == "hello"
+        connection.writer.write(UPGRADE)
+        await connection.reader.readuntil(b"\r\n\r\n")
+        assert copies == {"lifespan": server, "http": server, "websocket": server}
+        assert copy.deepcopy(server.state) == server.state
+        assert copy.copy(server) is copy.deepcopy([server])[0] is server
+    assert copy.deepcopy(server) is server
+
+
+async def test_server_cannot_be_pickled() -> None:
+    """It is of one process; the error says what to pass to another one."""
+    async with serving(App()) as server:
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            with pytest.raises(TypeError, match=r"^an aioserve\.Server cannot be pickled; pass its url instead$"):
+                pickle.dumps([server], protocol)

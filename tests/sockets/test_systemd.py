@@ -16,6 +16,8 @@ from aioserve import StartupError, serving, start
 from aioserve._net import systemd as _systemd
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import get
+from tests.helpers.programs import Program
+from tests.helpers.systemd import FOR_ANOTHER, messages_of, notifications
 
 
 def bound() -> socket.socket:
@@ -89,12 +91,59 @@ async def test_systemd_option_without_systemd_and_without_an_address_is_an_error
 
 
 async def test_sockets_that_systemd_passed_to_another_process_are_ignored(
-    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A child has the environment of its parent, but not the sockets."""
+    """A child has the environment of its parent, but not the sockets; one warning says what to do."""
     monkeypatch.setenv("LISTEN_PID", str(os.getppid()))
     with pytest.raises(FileNotFoundError):
         await start(App(), systemd=True)
+    assert messages_of(caplog) == [FOR_ANOTHER.format("sockets are", os.getppid(), "LISTEN_PID", os.getpid())]
+
+    caplog.clear()
+    async with serving(App(), systemd="web", port=0) as server:
+        assert server.port not in ports(handed_down)
+    assert messages_of(caplog) == [FOR_ANOTHER.format("sockets are", os.getppid(), "LISTEN_PID", os.getpid())]
+
+    caplog.clear()
+    async with serving(App()):
+        pass
+    monkeypatch.setenv("LISTEN_FDS", "0")
+    async with serving(App(), systemd=True, port=0):
+        pass
+    assert messages_of(caplog) == []
+
+
+async def test_busy_port_beside_systemd_has_a_hint_of_its_own() -> None:
+    """Another port than the unit's would help nobody: most likely the socket unit listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for systemd in (True, "web"):
+            with pytest.raises(
+                OSError, match=rf":{port}: .* in use; systemd's socket or another process listens there$"
+            ):
+                await start(App(), systemd=systemd, port=port)
+        with pytest.raises(OSError, match=rf":{port}: .* in use; port 0 takes a free port$"):
+            await start(App(), port=port)
+
+
+def test_command_behind_a_wrapper_says_who_has_got_its_sockets() -> None:
+    """As a child of a shell script; where the port is busy as well, no other port is proposed."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        def as_systemd() -> None:
+            os.environ.update(LISTEN_PID=str(os.getppid()), LISTEN_FDS="1")
+
+        arguments = ("-m", "aioserve", "tests.helpers.apps:factory", "--factory", "--systemd", f"--port={port}")
+        with Program(*arguments, preexec=as_systemd) as program:
+            code, err = program.end()
+        warning = FOR_ANOTHER.format("sockets are", os.getpid(), "LISTEN_PID", program.process.pid)
+    hint = "systemd's socket or another process listens there"
+    assert code == 3
+    assert err.splitlines() == [
+        f"WARNING:  {warning}",
+        f"aioserve: cannot start: cannot listen on 127.0.0.1:{port}: Address already in use; {hint}",
+    ]
 
 
 @pytest.mark.parametrize("number", ["two", "-1", "1.5", "", "9" * 5000])
@@ -114,25 +163,6 @@ async def test_number_of_systemd_sockets_that_is_too_high_is_an_error(
     monkeypatch.setenv("LISTEN_FDS", "99999999")
     with pytest.raises(OSError, match="cannot listen on descriptor 502: Bad file descriptor"):
         await start(App(), systemd=True)
-
-
-@pytest.fixture(params=["a path", "an abstract name"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Make the socket on which systemd gets notifications."""
-    path = str(tmp_path / "notify") if request.param == "a path" else f"@aioserve-test-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(path.replace("@", "\0", 1))
-        sock.setblocking(False)
-        monkeypatch.setenv("NOTIFY_SOCKET", path)
-        yield sock
-
-
-def notifications(manager: socket.socket) -> list[bytes]:
-    messages = []
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            messages.append(manager.recv(1000))
-    return messages
 
 
 async def test_systemd_is_notified_of_the_start_and_the_stop(manager: socket.socket) -> None:
@@ -187,7 +217,7 @@ async def test_systemd_that_cannot_be_notified_is_no_failure(
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     async with serving(App(), systemd=True, port=0) as server:
         assert (await get(server)).text == "hello"
-    assert [record.getMessage() for record in caplog.records if record.name == "aioserve"] == [
+    assert messages_of(caplog) == [
         f"cannot send READY=1 to systemd at {tmp_path}/gone: No such file or directory",
         f"cannot send STOPPING=1 to systemd at {tmp_path}/gone: No such file or directory",
     ]

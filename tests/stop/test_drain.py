@@ -66,3 +66,16 @@ async def test_crash_skips_the_drain() -> None:
         async with asyncio.timeout(5), serving(app, drain_delay=60):
             app.crash.set()
             await asyncio.Event().wait()
+
+
+async def test_crash_ends_the_drain() -> None:
+    """It is a crash: the app was not told to shut down before the end of the drain."""
+    app = App()
+    with pytest.raises(ServerCrashedError) as caught:
+        async with asyncio.timeout(5), serving(app, drain_delay=60) as server:
+            server.close()
+            await turns()
+            assert server.is_serving()
+            app.crash.set()
+            await server.wait_closed()
+    assert caught.value.__cause__ is app.error

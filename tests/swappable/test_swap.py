@@ -111,7 +111,7 @@ async def test_old_app_that_dies_while_it_finishes_is_an_error_of_the_swap() -> 
             first.crash.set()
             await turns()
             first.release.set()
-        with pytest.raises(ShutdownError) as caught:
+        with pytest.raises(ShutdownError, match="the app's lifespan died before it was told to shut down") as caught:
             swap.result()
         assert caught.value.__cause__ is first.error
         assert (await get(server)).text == "other"

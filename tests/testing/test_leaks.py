@@ -17,6 +17,7 @@ import trio
 from aioserve import testing
 from aioserve.testing import assert_nothing_left
 from tests.helpers.apps import App
+from tests.helpers.programs import Program
 
 # What can be left behind, in a project of its own, since it stays there. The keys are the messages of the check.
 LEFT_IN_THE_LOOP = {
@@ -161,6 +162,36 @@ class TestNothingLeft:
             theirs.close()
             writer.close()
             task.cancel()
+
+    def test_pipe_that_uvloop_keeps_from_its_first_loop_on_is_no_leak(self) -> None:
+        """In a program of its own, which may leave nothing else, not even a pipe like that one."""
+        program = """
+import asyncio, os, sys, uvloop
+from aioserve.testing import assert_nothing_left
+
+def run():
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.sleep(0))
+
+for leaves in ("nothing", "a pipe", "a byte in a pipe"):
+    reading, writing = -1, -1
+    try:
+        with assert_nothing_left():
+            run()
+            if leaves != "nothing":
+                reading, writing = os.pipe()
+            if leaves == "a byte in a pipe":
+                os.write(writing, b"x")
+    except AssertionError as exc:
+        print(leaves, str(exc).count("a pipe"))
+        for each in (reading, writing):
+            os.close(each)
+    else:
+        print(leaves, 0)
+"""
+        with Program("-c", program) as running:
+            code, err = running.end()
+        assert (code, running.said, err) == (0, ["nothing 0", "a pipe 2", "a byte in a pipe 2"], "")
 
     def test_whole_program_leaves_nothing(self) -> None:
         """Here the threads of the loop's pool have to end, and do."""

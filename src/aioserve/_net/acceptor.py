@@ -96,7 +96,7 @@ class Acceptor:
             for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
-                if listener.lent:
+                if listener.lent or not self._loop.is_running():
                     continue
                 if self._has_clients:
                     _drop_new_connections(listener.socket)

@@ -34,7 +34,6 @@ _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
 
 _HINTS = {
-    errno.EADDRINUSE: "port=0 takes a free port",
     errno.EACCES: "a port below 1024 requires a privilege",
     errno.EADDRNOTAVAIL: "this machine does not have that address",
 }
@@ -134,7 +133,9 @@ Bind: TypeAlias = Callable[[], Awaitable[list[Listener]]]
 """Makes all the listeners that the options ask for, or none; an `OSError` says which one failed."""
 
 
-async def bind_addresses(host: Host, port: int, *, reuse_port: bool) -> list[Listener]:
+async def bind_addresses(
+    host: Host, port: int, *, reuse_port: bool, hint_if_busy: str = "port 0 takes a free port"
+) -> list[Listener]:
     """Bind all addresses of the hosts (`None`: every interface); port 0 is one free port for all of them."""
     hosts = [host] if host is None or isinstance(host, str) else host
     unique = {address[1]: address for each in hosts for address in await _resolve(each)}
@@ -147,8 +148,10 @@ async def bind_addresses(host: Host, port: int, *, reuse_port: bool) -> list[Lis
             if exc.errno != errno.EADDRINUSE:
                 break
     hint = _HINTS.get(error.errno or 0)
-    if error.errno == errno.EADDRINUSE and port == 0:
-        hint = "no port is free on all of the addresses; one of them may include another" if len(unique) > 1 else None
+    if error.errno == errno.EADDRINUSE and port != 0:
+        hint = hint_if_busy
+    elif error.errno == errno.EADDRINUSE and len(unique) > 1:
+        hint = "no port is free on all of the addresses; one of them may include another"
     if hint is not None:
         error = OSError(error.errno, f"{error.strerror}; {hint}")
     raise error from None  # the system's own error says the same in fewer words
@@ -184,6 +187,7 @@ async def duplicate_systemd_sockets(name: str | None, fallback: Bind | None) -> 
 
     if descriptors := systemd.listen_fds(name):
         return await duplicate_descriptors(descriptors)
+    systemd.warn_if_for_another_process()
     if fallback is not None:
         return await fallback()
     named = "" if name is None else f" named {name!r}"

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import termios
+from contextlib import suppress
 from typing import Any
 
 from aioserve._net import forks
@@ -53,6 +54,14 @@ def hang_up(raw: Any) -> None:
     finally:
         sock.detach()  # the descriptor is the transport's
     raw.resume_reading()
+
+
+def drop(raw: Any) -> None:
+    """Close a connection whose loop is closed; uvloop has done so by itself."""
+    last_step = getattr(raw, "_call_connection_lost", None)  # asyncio's, which closes the socket
+    if last_step is not None:
+        with suppress(Exception):  # its protocol may call the loop
+            last_step(None)
 
 
 class FlushWatch:

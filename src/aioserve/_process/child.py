@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 
 from aioserve._net.listeners import Listener
 from aioserve._process import messages, program
@@ -39,7 +40,7 @@ def run(app: str, descriptors: str) -> int:
     threading.Thread(target=_watch_parent, args=watching, name="aioserve lifeline", daemon=True).start()
 
     def send(event: messages.Event) -> None:
-        if event["event"] != "ready":
+        if event["event"] in ("failed", "stopped"):
             ended.set()
         # The pipe is broken if the parent has died, but then the lifeline has ended, too.
         with suppress(BrokenPipeError), open(events, "wb", closefd=False) as pipe:
@@ -56,6 +57,8 @@ def run(app: str, descriptors: str) -> int:
     except Exception as exc:  # noqa: BLE001 (a logging configuration can raise anything)
         send(messages.failed(exc))
         return program.NOT_STARTED
+    if handover.alive_interval is not None:
+        settings = settings._replace(watchdog=(handover.alive_interval, partial(send, {"event": "alive"})))
     return program.run(settings, send, listeners=listeners, signals=signals)
 
 

@@ -167,7 +167,7 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     except Exception as exc:  # (a logging configuration can raise anything)
         raise click.UsageError(str(exc)) from exc
 
-    settings = settings._replace(started_hint=" (Press CTRL+C to quit)")
+    settings = settings.as_service()._replace(started_hint=" (Press CTRL+C to quit)")
     return run(settings, partial(report_event, ready_fd=ready_fd), loop=loop)
 
 

@@ -3,7 +3,7 @@ What parent and child say to each other, and how it is written as JSON.
 
 The parent gives the child a `Handover` when it starts it. The child answers with events, one JSON object per line:
 "ready" when it serves, or "failed" if it could not start; and "stopped" when a server that was ready has stopped. The
-command line reports the same events to its user.
+command line reports the same events to its user. Where systemd watches the parent, the child says "alive" in between.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Handover(NamedTuple):
     path: list[str]  # the parent's `sys.path`
     parent: int  # the parent's process id
     stop_timeout: float  # how long the child may take to stop when its parent has died
+    alive_interval: float | None  # how often, in seconds, it says that its loop is not blocked
 
 
 def options_for_child(app: object, options: Mapping[str, Any]) -> dict[str, Any]:

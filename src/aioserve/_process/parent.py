@@ -54,7 +54,9 @@ class ServerProcess(ServerHandle):
         return self._engine.process.returncode
 
     def _status(self) -> str:
-        return "closed" if self._engine.closed.is_set() else "running"
+        if self._engine.closed.is_set():
+            return "closed"
+        return "its loop was closed" if self._loop.is_closed() else "running"
 
     def __repr__(self) -> str:
         return f"<aioserve.ServerProcess {self.pid} {self.url} {self._status()}>"
@@ -129,14 +131,13 @@ class ChildProcess(ServerTask):
 
     def start(self) -> None:
         """Start the process, and watch it."""
-        budget = self._settings.shutdown_timeout
-        budget = _limits.ORPHAN_SHUTDOWN if budget is None else budget
         handover = messages.Handover(
             options=self._options,
             listeners=[(each.socket.fileno(), each.lent, each.file_path, each.mode) for each in self.listeners],
             path=[os.path.abspath(each) for each in sys.path],
             parent=os.getpid(),
-            stop_timeout=_limits.longest_stop(self._settings.drain_delay, budget),
+            stop_timeout=self._longest_stop(),
+            alive_interval=self._settings.watchdog[0] if self._settings.watchdog else None,
         )
         try:
             self.process, self._events, self._lifeline = _spawn(self._app, handover)
@@ -187,6 +188,9 @@ class ChildProcess(ServerTask):
             if self._asked_at is None:
                 self._settings.notify_systemd("READY=1")
             self._set_ready()
+        if event["event"] in ("ready", "alive"):
+            if self.started and self._settings.watchdog is not None:
+                self._settings.watchdog[1]()  # both loops have to run for this
             return
 
         self._said_last = True
@@ -277,6 +281,22 @@ class ChildProcess(ServerTask):
             self._lifeline.write(b"!")
         self._call_later(_limits.longest_stop(0, 0) + _limits.CHILD_EXIT, self._kill)
 
+    def _longest_stop(self) -> float:
+        """Return how many seconds a stop can take at most; with a bound also where the user has set none."""
+        budget = self._settings.shutdown_timeout
+        return _limits.longest_stop(self._settings.drain_delay, _limits.ORPHAN_SHUTDOWN if budget is None else budget)
+
+    def _abandon(self) -> str:
+        self._asked_at = self._asked_at or self._loop.time()
+        self.process.terminate()
+        try:
+            self.process.wait(self._longest_stop() + _limits.CHILD_EXIT)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        with suppress(RuntimeError):  # who waits for it is in the loop
+            self._on_exit()
+        return f"process {self.process.pid} was told to stop, and has ended"
+
     def _on_startup_timeout(self) -> None:
         self._startup_expired = True
         self._close(self._loop.time())
@@ -292,6 +312,8 @@ class ChildProcess(ServerTask):
 
     def _call_later(self, seconds: float, action: Callable[[], None]) -> None:
         """Do something so many seconds from now, unless it is to be done earlier anyway."""
+        if self._loop.is_closed():
+            return
         timer = self._timers.get(action)
         if timer is None or timer.when() > self._loop.time() + seconds:
             self._cancel_timer(action)

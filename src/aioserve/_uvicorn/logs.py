@@ -20,14 +20,16 @@ _UNFINISHED = tuple(
     for what in ("starting response", "completing response", "completing handshake")
 )
 
+_EXPECTED = (asyncio.CancelledError, GeneratorExit, ClientDisconnected)
+
 
 def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | None = None) -> None:
     """
     Keep uvicorn from logging errors that the stop causes.
 
-    That is a handler's cancellation, a `send()` to a WebSocket that was refused, and a response that is left unfinished
-    after a disconnect. One line of ours says what was forced. `on_unfinished` is called where a handler has left its
-    response unfinished.
+    That is the end of a handler that was cancelled, or whose loop was closed, a `send()` to a WebSocket that was
+    refused, and a response that is left unfinished after a disconnect. One line of ours says what was forced.
+    `on_unfinished` is called where a handler has left its response unfinished.
     """
     has_logger = handled
     if isinstance(getattr(handled, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own
@@ -58,10 +60,9 @@ class _QuietLogger(logging.Logger):
 
 
 def _is_expected(exc: BaseException | None) -> bool:
-    expected = (asyncio.CancelledError, ClientDisconnected)
     if isinstance(exc, BaseExceptionGroup):
-        return exc.split(expected)[1] is None
-    return isinstance(exc, expected)
+        return exc.split(_EXPECTED)[1] is None
+    return isinstance(exc, _EXPECTED)
 
 
 _quiet_logger = functools.cache(_QuietLogger)

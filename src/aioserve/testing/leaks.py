@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -129,13 +130,38 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return the open descriptors with a description of each, without the null device, which uvloop keeps open."""
+    """Return the open descriptors with a description of each, without those that uvloop keeps open."""
     found = {}
-    for number in map(int, os.listdir("/dev/fd")):
+    for number in sorted(map(int, os.listdir("/dev/fd"))):
         with suppress(OSError):  # the one that was used to list the directory
             if (what := _describe(number)) != os.devnull:
                 found[number] = what
+    for number in _lock_of_uvloop([number for number, what in found.items() if what == "a pipe"]):
+        del found[number]
     return found
+
+
+def _lock_of_uvloop(pipes: list[int]) -> list[int]:
+    """
+    Return the two ends of the pipe that uvloop keeps from its first loop on, if it is among these.
+
+    libuv has it as a lock for its signal handlers. While nobody holds the lock, one byte waits in it.
+    """
+    if "uvloop" not in sys.modules:
+        return []
+    import fcntl  # not on every system; neither is /dev/fd
+    import termios
+
+    def is_end(number: int, kind: int) -> bool:
+        return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == kind
+
+    one = (1).to_bytes(4, sys.byteorder)
+    for reading in pipes:
+        if is_end(reading, os.O_RDONLY) and fcntl.ioctl(reading, termios.FIONREAD, bytes(4)) == one:
+            for writing in pipes:  # both ends are in this process, and were opened one after the other
+                if writing > reading and is_end(writing, os.O_WRONLY) and os.path.sameopenfile(reading, writing):
+                    return [reading, writing]
+    return []
 
 
 def _describe(descriptor: int) -> str:
