@@ -25,11 +25,10 @@ from aioserve._net.transports import drop, hang_up, unread_bytes
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
-from aioserve._uvicorn.config import request_limit
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket, refuse
 from aioserve._uvicorn.logs import silence_expected_errors
 from aioserve._uvicorn.protocols import ConnectionState
-from aioserve._uvicorn.state import LimitedState, TrackedState
+from aioserve._uvicorn.state import TrackedState, create_state
 from aioserve._waiting import Condition, after_turns, let_die_quietly
 
 
@@ -39,6 +38,7 @@ class Connections:
     _announced: bool = False  # responses say "connection: close"
     _closing: bool = False  # connections close as soon as they can
     _disconnecting: bool = False  # handlers are told that their client has gone
+    _graces: GracePeriods | None = None
     _pending_timer: asyncio.TimerHandle | None = None
     _watch_is_due: bool = False
 
@@ -52,10 +52,7 @@ class Connections:
         condition: Condition,
         on_limit: Callable[[int], None],
     ) -> None:
-        limit = request_limit(config)
-        self.state: TrackedState = (
-            TrackedState(config, self) if limit is None else LimitedState(config, self, limit, on_limit)
-        )
+        self.state: TrackedState = create_state(config, self, on_limit)
         self.acceptor: Acceptor = Acceptor(
             listeners,
             functools.partial(protocols.create_protocol, config, self.state, lifespan, access_log),
@@ -67,7 +64,6 @@ class Connections:
         self._condition = condition
         self._has_tls = config.ssl is not None
 
-        self._graces = GracePeriods()
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -90,9 +86,8 @@ class Connections:
 
     def needs_no_app(self) -> bool:
         """Whether no handler is left, and every connection is closing."""
-        if self.acceptor.pending or self.has_handlers():
-            return False
-        return not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
+        are_closing = not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
+        return are_closing and not self.acceptor.pending and not self.has_handlers()
 
     def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
         return [(task, unfinished_handler(protocols.scope_of(task), task)) for task in self.state.tasks]
@@ -161,30 +156,33 @@ class Connections:
             elif state == "opening":
                 refuse(connection)
             elif state == "new":
-                self._graces.begin(connection, grace or _limits.FIRST_REQUEST, self._close_partial)
+                self._wait_for_request(connection, grace or _limits.FIRST_REQUEST)
             elif state == "answering" or self._unread(connection):
                 self._loop.call_soon(self._close_if_unneeded, connection)  # once it is answered, or read
             else:
-                self._graces.begin(connection, _limits.PARTIAL_REQUEST, self._close_partial)
+                self._wait_for_request(connection, _limits.PARTIAL_REQUEST)
         self.acceptor.hang_up_when_flushed(connection.transport)
 
-    def _close_partial(self, connection: Any) -> None:
-        """Close a connection that has not sent a whole request in time."""
-        if not connection.transport.is_closing() and self._owes_request(connection):
-            protocols.close_gracefully(connection)
-            self.acceptor.hang_up_when_flushed(connection.transport)
+    def _wait_for_request(self, connection: Any, seconds: float) -> None:
+        if self._graces is None:
+            self._graces = GracePeriods(on_expired=self._close_partial)
+        self._graces.begin(connection, seconds)
 
-    def _owes_request(self, connection: Any) -> bool:
-        """Whether it has sent no request that has no answer, or only a part of one."""
-        return self._state_of(connection) in ("new", "partial") and not self._unread(connection)
+    def _close_partial(self, connection: Any) -> bool:
+        """Close a connection that has sent no request, or only a part of one; else return `False`."""
+        is_partial = self._state_of(connection) in ("new", "partial") and not self._unread(connection)
+        if connection.transport.is_closing() or not is_partial:
+            return False
+        protocols.close_gracefully(connection)
+        self.acceptor.hang_up_when_flushed(connection.transport)
+        return True
 
     def disconnect_handlers(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
         self._disconnecting = True
         # Only httptools' connections list the requests that wait behind the current one; but each has its task.
         for task in list(self.state.tasks):
-            cycle = protocols.unanswered_cycle_of(task)
-            if cycle is not None:
+            if (cycle := protocols.unanswered_cycle_of(task)) is not None:
                 self._disconnect_cycle(cycle)
         for connection in list(self.state.connections):
             self._disconnect(connection)
@@ -210,9 +208,7 @@ class Connections:
         self.acceptor.drop_pending()
         aborted = 0
         for connection in list(self.state.connections):
-            if not connection.transport.is_closing() and self._owes_request(connection):
-                self._close_partial(connection)
-            else:
+            if not self._close_partial(connection):
                 # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
                 self.acceptor.raw_transport(connection.transport).abort()
                 aborted += 1
@@ -222,7 +218,9 @@ class Connections:
         self.acceptor.close()
         for connection in list(self.state.connections) if self._has_tls else ():
             self.acceptor.forget(connection.transport)
-        self._graces.close()
+        if self._graces is not None:
+            self._graces.close()
+            self._graces = None  # so that no cycle is left to the garbage collector
         if self._pending_timer is not None:
             self._pending_timer.cancel()
         self.state.close()
@@ -250,7 +248,8 @@ class Connections:
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:
-            self._graces.end(connection)
+            if self._graces is not None:
+                self._graces.end(connection)
             self._watch_handlers_soon()
             self._condition.notify()
 

@@ -14,6 +14,7 @@ A start that fails goes from starting to closed. In every case `ready` is done a
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
 from aioserve._uvicorn.logs import logger as uvicorn_logger
 from aioserve._uvicorn.protocols import scope_of
-from aioserve._waiting import Condition, let_die_quietly, start_task
+from aioserve._waiting import Condition, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -73,15 +74,13 @@ class Engine(ServerTask):
         self.shutdown: Shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
 
     def start(self) -> None:
-        task = start_task(self._serve(), name=f"aioserve {self.urls[0]}")
-        task.add_done_callback(self._ended)
-        let_die_quietly(task)
+        start_task(self._serve(), name=f"aioserve {self.urls[0]}").add_done_callback(self._ended)
 
     async def _serve(self) -> None:
         try:
             await self._serve_until_asked()
             self.report, error = await self.shutdown.run(drain=self.started and not self.is_crashed)
-            if self.lifespan.crashed and self.error is None:  # when a stop was asked for already
+            if error is not None and self.error is None and self.lifespan.crashed:  # when a stop was asked for already
                 self._note_crash("the app's lifespan died before it was told to shut down", self.lifespan.error)
             if self.shutdown.failure is not None:
                 self._note_crash("the server failed to stop accepting", self.shutdown.failure)
@@ -110,7 +109,7 @@ class Engine(ServerTask):
             self._crash("the server's own task failed while it was starting", exc)
             return
         try:
-            await self.connections.acceptor.start(self.lifespan.context)
+            await self.connections.acceptor.start(self.lifespan.context or contextvars.copy_context())
         except OSError as exc:
             self.error = exc
             return
@@ -238,6 +237,8 @@ class Engine(ServerTask):
             return False
         if task is self.lifespan.task or task in self.connections.state.tasks:
             return True
+        if self._loop.get_task_factory() is None:
+            return False
         # An eager task runs before uvicorn has it in its set.
         server = scope_of(task).get("state", {}).get("aioserve")
         return getattr(server, "_engine", None) is self

@@ -11,15 +11,14 @@ from aioserve._uvicorn.protocols import stop_watching_bytes, watch_bytes
 
 
 class GracePeriods:
-    """The connections from which a request may still come."""
+    """The connections from which a request may still come; for those whose time is over, a function is called."""
 
-    def __init__(self) -> None:
-        self._on_expired: Callable[[Any], None] | None = None
+    def __init__(self, *, on_expired: Callable[[Any], object]) -> None:
+        self._on_expired = on_expired
         self._timers: dict[Any, asyncio.TimerHandle] = {}
 
-    def begin(self, connection: Any, seconds: float, on_expired: Callable[[Any], None]) -> None:
-        """Wait so long for a request, anew with each byte, unless it is waited for already; then call a function."""
-        self._on_expired = on_expired
+    def begin(self, connection: Any, seconds: float) -> None:
+        """Wait so long for a request, unless it is waited for already; and from each byte on, for the rest of one."""
         if connection not in self._timers:
             watch_bytes(connection, self._bytes_received)
             self._set_timer(connection, seconds)
@@ -33,7 +32,6 @@ class GracePeriods:
     def close(self) -> None:
         for connection in list(self._timers):
             self.end(connection)
-        self._on_expired = None  # so that nothing is left to the garbage collector
 
     def _bytes_received(self, connection: Any) -> None:
         if (timer := self._timers.get(connection)) is not None:
@@ -45,5 +43,4 @@ class GracePeriods:
 
     def _expire(self, connection: Any) -> None:
         del self._timers[connection]
-        if self._on_expired is not None:
-            self._on_expired(connection)
+        self._on_expired(connection)

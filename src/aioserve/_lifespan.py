@@ -10,7 +10,7 @@ from typing import Any, Literal
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
 from aioserve._types import ASGIApp, Message, Scope
-from aioserve._waiting import Condition, let_die_quietly, start_task
+from aioserve._waiting import Condition, start_task
 
 logger = logging.getLogger("aioserve")
 
@@ -43,8 +43,10 @@ class Lifespan:
         self.is_stuck: bool = False
         """Whether it was cancelled and is still running."""
         self.is_over: bool = mode == "off"
-        self.context: contextvars.Context = contextvars.copy_context()
-        """The context variables that the handlers see; the app's startup may have set some."""
+        self.died: bool = False
+        """Whether it raised while the app was serving. One that returned has nothing to do at the shutdown."""
+        self.context: contextvars.Context | None = None
+        """The context of the app's startup, which may have set some variables for the handlers; `None` without one."""
 
         self._app = app
         self._mode = mode
@@ -61,11 +63,6 @@ class Lifespan:
         self._was_told = False  # it was told to shut down before it raised
         self._awaits_more = False  # it calls receive() again, and no message is left
         self._abandoned = False  # we have cancelled it
-
-    @property
-    def died(self) -> bool:
-        """Whether it raised while the app was serving. One that returned has nothing to do at the shutdown."""
-        return self.is_over and self._started and self.error is not None
 
     @property
     def crashed(self) -> bool:
@@ -87,7 +84,6 @@ class Lifespan:
 
         self.task = start_task(self._run(), name="aioserve lifespan")
         self.task.add_done_callback(self._ended)
-        let_die_quietly(self.task)
         if not await self._condition.wait_for(
             lambda: self._started or self._failure is not None or self.is_over, timeout
         ):
@@ -149,7 +145,7 @@ class Lifespan:
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 
         error = self._app_error()
-        if self.crashed:
+        if error is not None and self.crashed:
             raise ShutdownError(
                 f"the app's lifespan died before it was told to shut down: {describe_error(error)}"
             ) from error
@@ -177,6 +173,7 @@ class Lifespan:
         except BaseException as exc:  # noqa: BLE001
             # SystemExit and KeyboardInterrupt too: they would leave the task, and stop the loop and the program.
             self.error = exc
+            self.died = self._started
             self._was_told = self._shutdown_received or self._abandoned
         self.is_over = True
         if self.task is not None and self.task.get_loop().is_closed():

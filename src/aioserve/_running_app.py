@@ -8,6 +8,7 @@ now, so that the server sees no cancellation.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -59,13 +60,13 @@ class RunningApp:
         let_die_quietly(self.task)
 
     async def _run(self) -> None:
-        before = self.lifespan.context
+        before = contextvars.copy_context()
         try:
             await self.lifespan.startup(self._startup_timeout)
         except StartupError as exc:
             self.error = exc
             return
-        context = self.lifespan.context
+        context = self.lifespan.context or before
         self._variables = [(each, value) for each, value in context.items() if before.get(each) is not value]
         self.started.set_result(None)
 

@@ -120,7 +120,7 @@ class ServerHandle:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._engine.has_lost_its_loop(exc):
+        if asyncio._get_running_loop() is not self._loop and self._engine.has_lost_its_loop(exc):
             self._engine.abandon()
             return
         self._check_caller("aclose()")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._report import Report
 
@@ -27,7 +27,7 @@ class ServerTask:
 
     def __init__(self, listeners: Sequence[Listener], *, has_tls: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
+        self._forks = forks.count
         self.listeners = listeners
         scheme = "https" if has_tls else "http"
         self.urls: list[str] = [listener.url(scheme) for listener in listeners]
@@ -52,7 +52,7 @@ class ServerTask:
 
     def abandon(self) -> None:
         """Close what can be closed where the loop does not run any more."""
-        if self.closed.is_set() or self._is_abandoned or self._pid != os.getpid():
+        if self.closed.is_set() or self._is_abandoned or self._forks != forks.count:
             return  # a fork of its process has no part in it
         self._is_abandoned = True
         logger.warning(

@@ -224,7 +224,8 @@ async def wait_started(server: ServerHandle, signals: Signals) -> None:
         if signals.first is not None:
             raise interrupted(signals) from None
         raise
-    signals.look_again(server.url)
+    if signals.wanted:
+        signals.look_again(server.url)
 
 
 async def bind(settings: Settings, signals: Signals) -> list[Listener]:

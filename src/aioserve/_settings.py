@@ -29,8 +29,6 @@ _BIND_FREE_PORT = partial(listeners.bind_addresses, _HOST, 0, reuse_port=False)
 class Settings(NamedTuple):
     config: uvicorn.Config
     bind: listeners.Bind
-    systemd_states: tuple[str, ...]
-    """What systemd is told: "READY=1", "STOPPING=1"."""
     ssl: SSLContext | None
     access_log: bool
     startup_timeout: float | None
@@ -38,6 +36,8 @@ class Settings(NamedTuple):
     drain_delay: float
     disconnect_after: float | None
     stop_on_signals: tuple[int, ...]
+    systemd_states: tuple[str, ...] = ()
+    """What systemd is told: "READY=1", "STOPPING=1"."""
     started_hint: str = ""
     """What the log line of the start says behind the URLs."""
     watchdog: tuple[float, Callable[[], None]] | None = None
@@ -82,15 +82,16 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
     access_log = options.get("access_log", True)
     passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
-    return Settings(
+    settings = Settings(
         config=make_config(app, passed),
         bind=_how_to_bind(options),
         ssl=options.get("ssl"),
         access_log=access_log,
         stop_on_signals=_signals(options),
         **_timeouts(options),
-        **_notifications(options.get("systemd")),  # with logging set up, which is done with the Config
     )
+    systemd = options.get("systemd")
+    return settings._replace(**_notifications(systemd)) if systemd else settings
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
@@ -121,7 +122,6 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     return Settings(
         config=config,
         bind=_how_to_bind(where),
-        systemd_states=(),
         ssl=None,
         access_log=config.access_log,
         stop_on_signals=_signals(options),
@@ -157,10 +157,8 @@ def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
     return partial(listeners.duplicate_systemd_sockets, name, bind if has_fallback else None)
 
 
-def _notifications(systemd: bool | str | None) -> dict[str, Any]:
-    """Return the settings for what systemd is told."""
-    if not systemd:
-        return {"systemd_states": ()}
+def _notifications(systemd: bool | str) -> dict[str, Any]:
+    """Return the settings for what systemd is told; with logging set up, which is done with the Config."""
     # The stop of one of several servers, which are told apart by name, is not that of the service.
     if systemd is not True:
         return {"systemd_states": _OF_ONE_SERVER}

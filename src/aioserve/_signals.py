@@ -59,13 +59,13 @@ class Signals:
         self._pid: int
         self._action: Callable[[], object] | None = None
         self._handlers: list[_Handler] = []
-        self._callbacks: dict[int, Callable[[], object]] = {}  # those that the app has given to our own loop
+        self._callbacks: dict[int, Callable[[], object]]  # those that the app has given to our own loop
 
     def install(self) -> None:
         """Handle the signals from now on, in the running loop: all of them, or none and raise a `RuntimeError`."""
         if not self.wanted:
             return
-        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        self._loop, self._pid, self._callbacks = asyncio.get_running_loop(), os.getpid(), {}
         try:
             for signum in self.wanted:
                 _check_available(signum, self._loop)

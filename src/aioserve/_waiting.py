@@ -19,16 +19,20 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
     """
     Make a task and run its first step at once, which saves a turn of the loop.
 
-    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides.
+    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides. If the loop
+    is closed before the task is done, asyncio logs nothing: we log it once for a server.
     """
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
-        return asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
-    return loop.create_task(coroutine, name=name)
+        task: Any = asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
+        task._log_destroy_pending = False
+    else:
+        let_die_quietly(task := loop.create_task(coroutine, name=name))
+    return task  # type: ignore[no-any-return]
 
 
 def let_die_quietly(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from logging that a task was pending when its loop was closed; we log it once for a server."""
+    """Keep asyncio from logging that a task was pending when its loop was closed."""
     try:
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # as `run_until_complete()` does
     except AttributeError:

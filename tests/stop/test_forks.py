@@ -188,7 +188,8 @@ async def test_child_needs_no_free_descriptor_to_let_go(nothing: str, monkeypatc
         connection.ask("/")
         await connection.answer()
         numbers = [int(each) for each in os.listdir("/dev/fd")]
-        ours = [each.fileno() for each in forks._tracked if each.fileno() >= 0]
+        tracked = [each() for each in forks._tracked]
+        ours = [each.fileno() for each in tracked if each is not None and each.fileno() >= 0]
         assert len(ours) == 2
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(numbers) + 1, limits[1]))

@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import errno
 import logging
+import os
 import select
 import socket
 import ssl
@@ -65,7 +66,7 @@ class Acceptor:
         self._backlog = backlog
         self._on_change = on_change
         self._serving = False
-        self._has_clients = False  # it has accepted a connection
+        self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
         self._context: contextvars.Context
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -96,17 +97,24 @@ class Acceptor:
             for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
-                if listener.lent or not self._loop.is_running():
-                    continue
-                if self._has_clients:
-                    _drop_new_connections(listener.socket)
-                if _is_readable(listener.socket):
-                    self._context.run(self._accept, listener.socket)
+                if not listener.lent:
+                    self._accept_last(listener.socket)
             for retry in self._retries.values():
                 retry.cancel()
         for listener in self._listeners:
             listener.close()
         self._listeners = ()
+
+    def _accept_last(self, sock: socket.socket) -> None:
+        is_used = self._accepted_in is not None and self._accepted_in == os.getpid()
+        if is_used:
+            _drop_new_connections(sock)
+        if _is_readable(sock) and self._loop.is_running():
+            self._context.run(self._accept, sock)
+        if is_used:
+            with suppress(OSError):
+                # Also for the copies in other processes: C code can fork without Python's knowledge.
+                sock.shutdown(socket.SHUT_RDWR)
 
     async def wait_closed(self) -> None:
         """Return at once: `close()` leaves nothing to wait for."""
@@ -160,7 +168,8 @@ class Acceptor:
                 else:
                     logger.error("cannot accept: %s; the connections in the queue are lost", exc.strerror)
                 return
-            self._has_clients = True
+            if self._accepted_in is None:
+                self._accepted_in = os.getpid()
             connection.setblocking(False)
             if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
                 # From a socket that was made with proto=0, as most lent ones are. asyncio does not set TCP_NODELAY on

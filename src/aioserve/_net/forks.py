@@ -16,7 +16,7 @@ import socket
 import threading
 from contextlib import suppress
 from typing import Protocol
-from weakref import WeakSet
+from weakref import ref
 
 
 class HasDescriptor(Protocol):
@@ -26,8 +26,11 @@ class HasDescriptor(Protocol):
 lock = threading.RLock()
 """Held while a socket is made and tracked, and while it is closed: then no other thread can fork."""
 
-_tracked: WeakSet[HasDescriptor] = WeakSet()
+_tracked: set[ref[HasDescriptor]] = set()
 _is_registered = False
+
+count: int = 0
+"""How many forks lie between this process and the first one that had a socket to track."""
 
 
 def track(owner: HasDescriptor) -> None:
@@ -37,7 +40,7 @@ def track(owner: HasDescriptor) -> None:
         _is_registered = True
         if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
             os.register_at_fork(before=lock.acquire, after_in_parent=_release, after_in_child=_let_go)
-    _tracked.add(owner)
+    _tracked.add(ref(owner, _tracked.discard))
 
 
 def accept(sock: socket.socket) -> socket.socket:
@@ -67,8 +70,11 @@ def _release() -> None:
 
 def _let_go() -> None:
     """Let go of all, in the child."""
+    global count
+    count += 1
     _release()
-    ours = [number for owner in _tracked if _is_open(number := owner.fileno())]
+    owners = [each() for each in list(_tracked)]
+    ours = [number for owner in owners if owner is not None and _is_open(number := owner.fileno())]
     _tracked.clear()
     if not ours:
         return

@@ -60,7 +60,6 @@ class Listener:
         self.file_path, self.mode = path, mode
         self._file: SocketFile | None = None
         self._name = name
-        self._process = os.getpid()
         forks.track(sock)
         self.host: str | None = None
         """The address that it is bound to, with its scope, if any; `None` for a Unix socket."""
@@ -87,11 +86,11 @@ class Listener:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.listen(backlog)
         except OSError as exc:
-            where = self._name or (
-                f"[{self.host}]:{self.port}" if ":" in (self.host or "") else f"{self.host}:{self.port}"
-            )
-            hint = _CONNECTION if self.lent and exc.errno == errno.EINVAL else _HINTS.get(exc.errno or 0)
-            raise _cannot_listen(where, exc, hint) from exc
+            where = self._name or _where(self.host or "", self.port or 0)
+            hints = {errno.EADDRINUSE: "another server has begun to listen there meanwhile"}
+            if self.lent:
+                hints[errno.EINVAL] = _CONNECTION
+            raise _cannot_listen(where, exc, hints.get(exc.errno or 0)) from exc
 
     def url(self, scheme: str) -> str:
         """Return the URL for clients on this machine: a wildcard becomes loopback, IPv6 is in brackets."""
@@ -119,12 +118,6 @@ class Listener:
 
     def close(self) -> None:
         self.remove_file()
-        if not self.lent and self._process == os.getpid():
-            try:
-                # Also for the copies in other processes: C code can fork without Python's knowledge.
-                self.socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it is closed, or did not listen yet
         with forks.lock:
             self.socket.close()
 

@@ -181,9 +181,3 @@ def _load(config: uvicorn.Config) -> None:
         raise StartupError(f"cannot load {app}: its factory is a coroutine function; it must be a plain function")
     if not callable(loaded):
         raise StartupError(f"cannot load {app}: not an ASGI app: {loaded!r}")
-
-
-def request_limit(config: uvicorn.Config) -> int | None:
-    """Return after how many responses the server stops; with the jitter that newer versions of uvicorn add."""
-    limit = config.limit_max_requests
-    return None if limit is None else getattr(uvicorn.Server(config), "limit_max_requests", limit)

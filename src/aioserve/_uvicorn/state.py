@@ -18,6 +18,15 @@ from uvicorn.server import ServerState
 from aioserve._uvicorn.protocols import Observer
 
 
+def create_state(config: uvicorn.Config, observer: Observer, on_limit: Callable[[int], None]) -> TrackedState:
+    """Return the state of a server, which may stop after a number of responses."""
+    limit = config.limit_max_requests
+    if limit is None:
+        return TrackedState(config, observer)
+    with_jitter = getattr(uvicorn.Server(config), "limit_max_requests", limit)  # as newer versions of uvicorn have it
+    return LimitedState(config, observer, with_jitter, on_limit)
+
+
 class TrackedState(ServerState):
     """uvicorn's state, with an observer of its connections."""
 
