@@ -17,7 +17,7 @@ from pathlib import Path
 FILE = 400
 CLASS = 250
 FUNCTION = 60  # a screen
-ALL = 6_601  # the lines before it was divided into these files
+ALL = 7_650  # raised with each feature that is worth its lines; 6,601 before the lifecycle reached its borders
 
 
 def length(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:
