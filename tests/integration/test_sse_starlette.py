@@ -1,5 +1,5 @@
 """
-sse-starlette: it watches uvicorn's signal handlers, which aioserve does not use; so it notices a stop otherwise.
+sse-starlette: it watches uvicorn's signal handlers, which aioserve does not use; it notices a stop by its disconnect.
 """
 
 from __future__ import annotations
@@ -100,6 +100,24 @@ async def test_event_stream_that_watches_stopping_sends_a_last_event(loop_name: 
         await server.wait_closed()
     assert server.report is not None
     assert not server.report.was_forced
+
+
+@pytest.mark.parametrize("path", ["/unaware", "/synchronous"])
+async def test_event_stream_of_a_browser_ends_with_the_stop(path: str, loop_name: str) -> None:
+    """Its client sees a complete response. For one server after the other."""
+    for _ in range(2):
+        play = Play()
+        async with serving(make(play), shutdown_timeout=None) as server, client_of(server) as client:
+            async with client.stream("GET", path, headers={"accept": "text/event-stream"}) as response:
+                events = events_of(response)
+                assert await anext(events) == "hello"
+                server.close()
+                assert {event async for event in events} <= {"tick"}
+            await server.wait_closed()
+        if path == "/unaware":
+            assert sorted(play.events) == ["background over", "client has gone", "generator over"]
+        assert server.report is not None
+        assert not server.report.was_forced
 
 
 @pytest.mark.parametrize("path", ["/unaware", "/synchronous"])
