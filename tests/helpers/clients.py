@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from urllib.parse import unquote
 
 import httpx
 from uvicorn.config import HTTP_PROTOCOLS
@@ -60,7 +61,10 @@ class Connection:
 
 @asynccontextmanager
 async def connect(server: Server) -> AsyncIterator[Connection]:
-    reader, writer = await asyncio.open_connection(server.host, server.port)
+    if server.host is None:
+        reader, writer = await asyncio.open_unix_connection(unquote(server.url.partition("://")[2]))
+    else:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
         yield Connection(reader, writer)
     finally:
