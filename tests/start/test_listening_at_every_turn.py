@@ -87,7 +87,6 @@ async def test_another_server_can_begin_to_listen_at_any_turn(way: str, port: in
             try:
                 other.listen()
             except OSError as exc:
-                assert exc.errno == errno.EADDRINUSE
                 failures.append(exc.errno)
             else:
                 failures.append(None)
@@ -99,8 +98,7 @@ async def test_another_server_can_begin_to_listen_at_any_turn(way: str, port: in
             return await undisturbed(run, turn, listen, is_expected)
 
     record_property("points", await walk(partial(Run, way, port=port), compete))
-    assert None in failures
-    assert errno.EADDRINUSE in failures
+    assert set(failures) == {None, errno.EADDRINUSE}
 
 
 async def by_closing(run: Run, turn: int) -> bool:
