@@ -148,8 +148,8 @@ def test_pod_that_is_terminated_answers_until_its_drain_is_over(tmp_path: Path) 
                 assert get(path, port) == 503
                 failed += 1
         except (ConnectionRefusedError, TimeoutError):
-            # The kernel drops a connection that begins while the listener closes: it is tried again after a second, which
-            # is how long the probe waits.
+            # The kernel drops a connection that begins while the listener closes. It is tried again after a second,
+            # which is how long the probe waits.
             accepted = time.monotonic() - asked
         assert process.wait() == 0
         took = time.monotonic() - asked
