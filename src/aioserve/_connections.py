@@ -79,15 +79,15 @@ class Connections:
         return connection.transport.is_closing() or (is_handled and is_read)
 
     def is_finished(self) -> bool:
-        return not (self.state.connections or self.acceptor.pending or self.has_handlers())
+        return not (self.state.connections or self.acceptor.pending or self.handlers())
 
-    def has_handlers(self) -> bool:
-        return bool(self.state.tasks or self._background)
+    def handlers(self) -> set[asyncio.Task[Any]]:
+        return self.state.tasks | self._background
 
     def needs_no_app(self) -> bool:
         """Whether no handler is left, and every connection is closing."""
         are_closing = not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
-        return are_closing and not self.acceptor.pending and not self.has_handlers()
+        return are_closing and not self.acceptor.pending and not self.handlers()
 
     def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
         return [(task, unfinished_handler(protocols.scope_of(task), task)) for task in self.state.tasks]
@@ -198,11 +198,10 @@ class Connections:
         if self._disconnecting or is_stream:
             disconnect(cycle, self._unread, end_response=is_stream)
 
-    def cancel_handlers(self) -> None:
-        self._watch_handlers()
-        for task in self.state.tasks | self._background:
-            silence_expected_errors(protocols.handled_by(task))
-            task.cancel()
+    def cancel(self, handler: asyncio.Task[Any]) -> None:
+        self._watch_handlers_soon()
+        silence_expected_errors(protocols.handled_by(handler))
+        handler.cancel()
 
     def abort_connections(self) -> int:
         self.acceptor.drop_pending()
@@ -270,7 +269,7 @@ class Connections:
     def _watch_handlers(self) -> None:
         """Notice the ends of the handlers that there are now."""
         self._watch_is_due = False
-        handlers = self.state.tasks | self._background
+        handlers = self.handlers()
         for task in handlers - self._watched:
             task.add_done_callback(self._handler_done)
         self._watched |= handlers
@@ -290,7 +289,7 @@ def abandon(connections: Connections) -> None:
     is_closed = connections._loop.is_closed()
     if is_closed:
         connections._closing = False  # nobody waits for their ends
-        for task in connections.state.tasks | connections._background | connections.acceptor.pending:
+        for task in connections.handlers() | connections.acceptor.pending:
             silence_expected_errors(protocols.handled_by(task))
             let_die_quietly(task)
     for connection in list(connections.state.connections):

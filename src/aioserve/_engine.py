@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,16 +23,14 @@ from aioserve import _limits
 from aioserve._connections import Connections, abandon
 from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, StartupInterruptedError, describe_error
 from aioserve._lifespan import Lifespan
+from aioserve._log import logger, uvicorn_logger
 from aioserve._net.listeners import Listener
 from aioserve._report import Report
 from aioserve._server_task import ServerTask
 from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
-from aioserve._uvicorn.logs import logger as uvicorn_logger
 from aioserve._uvicorn.protocols import scope_of
 from aioserve._waiting import Condition, start_task
-
-logger = logging.getLogger("aioserve")
 
 
 class Engine(ServerTask):
@@ -158,16 +155,21 @@ class Engine(ServerTask):
     async def _drop_everything(self) -> None:
         """Leave nothing, also where the stop has failed, which is a bug of aioserve's."""
         connections = self.connections
+
+        def cancel_handlers() -> None:
+            for handler in connections.handlers():
+                connections.cancel(handler)
+
         for drop in (
             connections.acceptor.close,
             connections.close_unneeded,
-            connections.cancel_handlers,
+            cancel_handlers,
             connections.abort_connections,
         ):
             try:
                 drop()
-            except Exception:
-                logger.exception("the clean-up failed as well")
+            except Exception as exc:  # noqa: BLE001
+                logger.error("the clean-up failed as well: %s", describe_error(exc), exc_info=exc)
         await self._condition.wait_for(connections.is_finished, _limits.CANCELLED_HANDLERS, even_if_forced=True)
         try:
             await self.lifespan.shutdown(0)
@@ -180,11 +182,11 @@ class Engine(ServerTask):
         if self._watchdog is not None:
             self._watchdog.cancel()
         self.shutdown.set()
-        if self.started:
-            uvicorn_logger.info("Closed %s", ", ".join(self.urls))
         self._call_on_closed()
         self._set_ready()
         self.closed.set()
+        if self.started:
+            uvicorn_logger.info("Closed %s", ", ".join(self.urls))
         # The state holds the `Server`, which holds this. Without it, neither waits for the garbage collector.
         self.lifespan.state = {name: value for name, value in self.lifespan.state.items() if name != "aioserve"}
 

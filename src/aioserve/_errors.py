@@ -8,6 +8,8 @@ exception, unchanged, where there is one; for an app in a child process, a note 
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 
 class ServingError(Exception):
     """
@@ -60,8 +62,24 @@ class ShutdownError(ServingError):
     """
 
 
+# An app's exception can have a `__str__` that raises or returns no string, and can refuse notes. What is to be said of
+# it must not be lost for that.
+
+
 def describe_error(error: BaseException | None) -> str:
     """Return the type and the message of an exception; of a group with a single exception, those of that exception."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {message_of(error)}"
+
+
+def message_of(error: BaseException | None) -> str:
+    try:
+        return str(error)
+    except Exception as exc:  # noqa: BLE001
+        return f"(its message cannot be read: __str__ raised {type(exc).__name__})"
+
+
+def add_note(error: BaseException, note: str) -> None:
+    with suppress(Exception):
+        error.add_note(note)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 from aioserve import _limits
+from aioserve._log import logger
 from aioserve._report import Report, UnfinishedHandler
 from aioserve._types import Scope
 from aioserve._waiting import Condition
-
-logger = logging.getLogger("aioserve")
 
 
 def is_event_stream(scope: Scope) -> bool:
@@ -26,10 +24,10 @@ class Work(Protocol):
     """What has to be finished: the handlers of an app, and their connections."""
 
     def is_finished(self) -> bool: ...
-    def has_handlers(self) -> bool: ...
-    def unfinished(self) -> Sequence[tuple[Any, UnfinishedHandler]]: ...  # each with its task or call, which has done()
+    def handlers(self) -> Collection[Any]: ...
+    def unfinished(self) -> Iterable[tuple[Any, UnfinishedHandler]]: ...  # each with the handler, which has done()
     def disconnect_handlers(self) -> None: ...
-    def cancel_handlers(self) -> None: ...
+    def cancel(self, handler: Any) -> None: ...
     def abort_connections(self) -> int: ...
 
 
@@ -68,24 +66,50 @@ async def finish(
         return Report()
 
     # Disconnect.
-    late = work.unfinished()
+    late = list(work.unfinished())
     if late:
         work.disconnect_handlers()
         await condition.turns(_limits.LAST_MESSAGE_TURNS)
 
     # Force.
-    aborted = 0
-    to_cancel = [(task, handler) for task, handler in late if not task.done()]
-    disconnected = tuple(handler for task, handler in late if task.done())
+    cancelling = _Cancelling(work)
+    report = Report(disconnected=tuple(description for handler, description in late if handler.done()))
     if not work.is_finished():
-        work.cancel_handlers()
-        await condition.wait_for(lambda: not work.has_handlers(), _limits.CANCELLED_HANDLERS, even_if_forced=True)
-        aborted = work.abort_connections()
+        until = loop.time() + _limits.CANCELLED_HANDLERS
+        while cancelling.has_more() and loop.time() < until:
+            cancelling.cancel()
+            await condition.wait_for(
+                lambda: not work.handlers() or cancelling.has_more(), until - loop.time(), even_if_forced=True
+            )
+        report.aborted = work.abort_connections()
+        cancelling.cancel()
         await condition.turns(_limits.SETTLING_TURNS)
-        for task, handler in to_cancel:
-            handler.stuck = not task.done()
-    cancelled = tuple(handler for _, handler in to_cancel)
-    report = Report(aborted=aborted, disconnected=disconnected, cancelled=cancelled)
-    if aborted or late:
+        report.cancelled = cancelling.descriptions()
+    if report.was_forced:
         logger.warning("%s", report.summary(name))
     return report
+
+
+class _Cancelling:
+    """Cancels each handler once, also those that begin when others have been cancelled already."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._cancelled: dict[Any, UnfinishedHandler | None] = {}
+
+    def has_more(self) -> bool:
+        return any(handler not in self._cancelled for handler in self._work.handlers())
+
+    def cancel(self) -> None:
+        if self.has_more():
+            descriptions = dict(self._work.unfinished())
+            for handler in [each for each in self._work.handlers() if each not in self._cancelled]:
+                self._cancelled[handler] = descriptions.get(handler)
+                self._work.cancel(handler)
+
+    def descriptions(self) -> tuple[UnfinishedHandler, ...]:
+        """Describe those that were cancelled, and whether they are still running."""
+        described = [(handler, each) for handler, each in self._cancelled.items() if each is not None]
+        for handler, each in described:
+            each.stuck = not handler.done()
+        return tuple(each for _, each in described)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 from typing import Any, Literal
 
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
+from aioserve._log import logger
 from aioserve._types import ASGIApp, Message, Scope
 from aioserve._waiting import Condition, start_task
-
-logger = logging.getLogger("aioserve")
 
 
 class Lifespan:
@@ -102,7 +100,7 @@ class Lifespan:
 
         if self.error is not None and not self._started:
             if self._mode == "auto" and (self._refused or not self._startup_received):
-                logger.info("the app has no lifespan: %r", self.error)
+                logger.info("the app has no lifespan: %s", describe_error(self.error))
                 return
             raise StartupError(_failed("start", self.error)) from self.error
 

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterator
 from types import FrameType, SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 _ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
 
@@ -40,10 +41,12 @@ class UnfinishedHandler(SimpleNamespace):
     """Whether the handler was cancelled and was still running when the server had closed."""
 
     def __str__(self) -> str:
-        client = ":".join(map(str, self.client)) if self.client else "?"
+        # Quoted as in uvicorn's access log, so that no client can write a line of its own, or control a terminal.
+        request = f"{_quoted(self.method)} {_quoted(self.path)}"
+        client = _quoted(":".join(map(str, self.client))) if self.client else "?"
         inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
         where = f" in {inner[-1]}" if inner else ""
-        return f"{self.method} {self.path} from {client}{where}{', which is still running' if self.stuck else ''}"
+        return f"{request} from {client}{where}{', which is still running' if self.stuck else ''}"
 
 
 class Report(SimpleNamespace):
@@ -88,6 +91,10 @@ class Report(SimpleNamespace):
         handlers = [*self.cancelled, *self.disconnected]
         shown = [*map(str, handlers[:5]), *(["..."] if len(handlers) > 5 else [])]
         return f"{line} ({'; '.join(shown)})" if shown else line
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="/?:@[]!$&'()*+,;=", errors="backslashreplace")
 
 
 def _count(number: int, what: str) -> str:

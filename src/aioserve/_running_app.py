@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextvars import ContextVar
 from typing import Any
 
 from aioserve import _limits
-from aioserve._errors import ShutdownError, StartupError
+from aioserve._errors import ShutdownError, StartupError, describe_error
 from aioserve._finish import finish, is_event_stream
 from aioserve._lifespan import Lifespan
+from aioserve._log import logger
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._types import ASGIApp, Message, Receive, Scope, Send
 from aioserve._waiting import Condition, after_turns, let_die_quietly
-
-logger = logging.getLogger("aioserve")
 
 SERVICE_RESTART = 1012
 _REPLACED = b"The app that should have answered this was replaced. Please try again.\n"
@@ -121,8 +119,8 @@ class RunningApp:
     def is_finished(self) -> bool:
         return not self._calls or self._ended
 
-    def has_handlers(self) -> bool:
-        return not self.is_finished()
+    def handlers(self) -> Collection[_Call]:
+        return () if self.is_finished() else self._calls
 
     def unfinished(self) -> list[tuple[_Call, UnfinishedHandler]]:
         return [(call, unfinished_handler(call.scope, call.task)) for call in self._calls]
@@ -131,9 +129,8 @@ class RunningApp:
         for call in self._calls:
             call.disconnect()
 
-    def cancel_handlers(self) -> None:
-        for call in self._calls:
-            call.cancel()
+    def cancel(self, handler: _Call) -> None:
+        handler.cancel()
 
     def abort_connections(self) -> int:
         return 0  # they are the server's
@@ -269,7 +266,7 @@ class _Call:
         try:
             await sending
         except Exception as exc:  # noqa: BLE001 (each server raises its own for a client that has gone)
-            logger.debug("a WebSocket could not be closed: %r", exc)
+            logger.debug("a WebSocket could not be closed: %s", describe_error(exc))
 
     async def _refuse(self) -> None:
         """Send a response with 503, or 403 for a WebSocket where the server knows no other."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import socket
 from types import TracebackType
@@ -13,13 +12,12 @@ import anyio
 import uvicorn
 
 from aioserve._engine import Engine
-from aioserve._errors import describe_error
+from aioserve._errors import add_note, describe_error
 from aioserve._limits import check_timeout
+from aioserve._log import logger
 from aioserve._report import Report, Stats
 from aioserve._server_task import ServerTask
 from aioserve._waiting import outlast
-
-logger = logging.getLogger("aioserve")
 
 
 class ServerHandle:
@@ -137,7 +135,7 @@ class ServerHandle:
                 raise error
             return
         if error is not None and error is not raised:
-            raised.add_note(f"aioserve: the server failed as well: {describe_error(error)}")
+            add_note(raised, f"aioserve: the server failed as well: {describe_error(error)}")
             logger.error("%s", error, exc_info=error)
         if raised is not exc:
             raise raised

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._report import Report
-
-logger = logging.getLogger("aioserve")
 
 
 class ServerTask:

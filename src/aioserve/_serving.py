@@ -27,7 +27,6 @@ The exit contract, which is what the rest of this package is for:
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
 
 from aioserve._engine import Engine
 from aioserve._errors import StartupError, StartupInterruptedError
+from aioserve._log import logger
 from aioserve._net.listeners import Listener
 from aioserve._options import App, Options
 from aioserve._server import Server, ServerHandle
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
 Handle = TypeVar("Handle", bound=ServerHandle)
-
-logger = logging.getLogger("aioserve")
 
 
 def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager[Server]:

@@ -20,6 +20,7 @@ only for what it has cancelled. Most stops of an idle server need no timer.
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import anyio
 
@@ -31,6 +32,8 @@ from aioserve._lifespan import Lifespan
 from aioserve._report import Report
 from aioserve._settings import Settings
 from aioserve._waiting import Condition
+
+_event_lock = threading.Lock()
 
 
 class Shutdown:
@@ -46,7 +49,8 @@ class Shutdown:
 
     _has_stopped_accepting: bool = False
     _event: anyio.Event | None = None
-    _deadline: asyncio.TimerHandle | None = None
+    _deadline: float | None = None
+    _deadline_timer: asyncio.TimerHandle | None = None
 
     def __init__(
         self, settings: Settings, connections: Connections, lifespan: Lifespan, condition: Condition, name: str
@@ -83,27 +87,29 @@ class Shutdown:
             return
         if deadline <= self._loop.time():
             self._condition.force()
-        elif self._deadline is None or deadline < self._deadline.when():
+        elif self._deadline is None or deadline < self._deadline:
             self.cancel_deadline()
-            self._deadline = self._loop.call_at(deadline, self._expire)
+            self._deadline = deadline
+            self._deadline_timer = self._loop.call_at(deadline, self._expire)
 
     def set(self) -> None:
-        self.is_set = True
+        self.is_set = True  # first, for a thread that is just making the event
         if self._event is not None:
             self._event.set()
 
     @property
     def event(self) -> anyio.Event:
         """Set when the stop is asked for; made for those who look at it."""
-        if self._event is None:
-            self._event = anyio.Event()
-            if self.is_set:
-                self._event.set()
-        return self._event
+        with _event_lock:  # any thread may look at it
+            if self._event is None:
+                self._event = anyio.Event()
+                if self.is_set:
+                    self._event.set()
+            return self._event
 
     def cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
 
     def _expire(self) -> None:
         self.is_expired = True

@@ -20,7 +20,6 @@ import contextvars
 import functools
 import gc
 import inspect
-import logging
 import os
 import signal
 import socket
@@ -31,9 +30,9 @@ from types import FrameType
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
-Previous: TypeAlias = Callable[[int, Any], Any] | int | signal.Handlers
+from aioserve._log import logger
 
-logger = logging.getLogger("aioserve")
+Previous: TypeAlias = Callable[[int, Any], Any] | int | signal.Handlers
 
 SIGHUP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 

@@ -16,17 +16,15 @@ Each app runs in a task of its own. While one app is being replaced, two of them
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from aioserve._errors import StartupError, StartupInterruptedError, describe_error
 from aioserve._limits import check_timeout
+from aioserve._log import logger
 from aioserve._running_app import RunningApp
 from aioserve._types import ASGIApp, Receive, Scope, Send
 from aioserve._waiting import outlast
-
-logger = logging.getLogger("aioserve")
 
 
 class Swappable:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
-import logging
 import os
 import select
 import socket
@@ -24,12 +23,12 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from aioserve import _limits
+from aioserve._errors import describe_error
+from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import FlushWatch, hang_up, has_unsent
 from aioserve._waiting import start_task
-
-logger = logging.getLogger("aioserve")
 
 T = TypeVar("T")
 
@@ -204,8 +203,8 @@ class Acceptor:
         self.pending.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             # A failed handshake is the client's error; anything else is an error here.
-            level = logging.DEBUG if isinstance(exc, OSError) else logging.ERROR
-            logger.log(level, "a connection could not be made: %r", exc, exc_info=exc)
+            log = logger.debug if isinstance(exc, OSError) else logger.error
+            log("a connection could not be made: %s", describe_error(exc), exc_info=exc)
         if not self._serving:
             self._on_change()
 

@@ -6,13 +6,12 @@ See sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3).
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-logger = logging.getLogger("aioserve")
+from aioserve._log import logger
 
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 

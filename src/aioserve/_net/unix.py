@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import logging
 import os
 import socket
 import stat
@@ -21,8 +20,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import NamedTuple
 
 from aioserve import _limits
-
-logger = logging.getLogger("aioserve")
+from aioserve._log import logger
 
 
 class SocketFile(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import platform
 import sys
@@ -15,13 +14,13 @@ from typing import Any, NoReturn
 import click
 import uvicorn
 
+from aioserve._errors import message_of
+from aioserve._log import logger
 from aioserve._options import REFUSED, Options
 from aioserve._process import child, messages
 from aioserve._process.program import run
 from aioserve._settings import parse
 from aioserve._uvicorn.logs import log_config
-
-logger = logging.getLogger("aioserve")
 
 # The exit code for a wrong command line, as in most programs.
 USAGE_ERROR = 2
@@ -108,7 +107,7 @@ OWN_OPTIONS: list[click.Parameter] = [
         ["--ready-fd"],
         metavar="NUMBER",
         type=writable,
-        help="Write one line of JSON to this descriptor and close it: the URLs, or the error.",
+        help="Write one line of JSON to this descriptor: the URLs, or the error.",
     ),
     click.Option(
         ["--loop"],
@@ -165,7 +164,7 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     try:
         settings = parse(app, options)
     except Exception as exc:  # (a logging configuration can raise anything)
-        raise click.UsageError(str(exc)) from exc
+        raise click.UsageError(message_of(exc)) from exc
 
     settings = settings.as_service()._replace(started_hint=" (Press CTRL+C to quit)")
     return run(settings, partial(report_event, ready_fd=ready_fd), loop=loop)
@@ -185,7 +184,7 @@ def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
         print_error(f"{prefix}{error['message']}{filename}")
     if kind != "stopped" and ready_fd is not None:
         try:
-            with open(ready_fd, "wb") as out:
+            with open(ready_fd, "wb", closefd=False) as out:  # or the next connection would get its number
                 out.write(json.dumps({**event, "pid": os.getpid()}).encode() + b"\n")
         except OSError as exc:
             logger.warning("cannot write to descriptor %d: %s", ready_fd, exc.strerror)

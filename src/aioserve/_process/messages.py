@@ -79,7 +79,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     system_error = error if isinstance(error, OSError) else OSError()
     return {
         "type": type(error).__name__,
-        "message": str(system_error.strerror or error),
+        "message": str(system_error.strerror or _errors.message_of(error)),
         "errno": system_error.errno,
         "filename": system_error.filename,
         "traceback": _app_traceback(error.__cause__) if isinstance(error, _errors.ServingError) else "",

@@ -127,7 +127,8 @@ class ChildProcess(ServerTask):
         self._killed = False
         self._said_last = False  # its last event has come
         self._buffer = b""
-        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
+        # By what they do: when, and the timer. (uvloop's may not know when.)
+        self._timers: dict[Callable[[], None], tuple[float, asyncio.TimerHandle]] = {}
 
     def start(self) -> None:
         """Start the process, and watch it."""
@@ -314,14 +315,14 @@ class ChildProcess(ServerTask):
         """Do something so many seconds from now, unless it is to be done earlier anyway."""
         if self._loop.is_closed():
             return
-        timer = self._timers.get(action)
-        if timer is None or timer.when() > self._loop.time() + seconds:
+        when = self._loop.time() + seconds
+        if action not in self._timers or self._timers[action][0] > when:
             self._cancel_timer(action)
-            self._timers[action] = self._loop.call_later(seconds, action)
+            self._timers[action] = when, self._loop.call_at(when, action)
 
     def _cancel_timer(self, action: Callable[[], None]) -> None:
-        if timer := self._timers.pop(action, None):
-            timer.cancel()
+        if entry := self._timers.pop(action, None):
+            entry[1].cancel()
 
 
 def _check_interpreter() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import ssl
 import sys
@@ -18,8 +19,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from aioserve._errors import StartupError, describe_error
 from aioserve._types import Scope
-from aioserve._uvicorn.logs import logger
 
+_LOGGER = logging.getLogger("uvicorn.error")
 # Options that are not only remembered: they import, set up logging, read files, or call something.
 _TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
 _WITH_EFFECTS = frozenset({"factory", "log_config", "log_level", *(f"ssl_{name}" for name in _TLS)})
@@ -62,7 +63,7 @@ def _environment(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
             chosen.append(protocol)
     trusted = os.environ.get("FORWARDED_ALLOW_IPS")
     # The level, since uvicorn wraps the app for "trace". And load(), since monitoring tools may replace it.
-    return uvicorn.Config, uvicorn.Config.load, *chosen, trusted, logger.getEffectiveLevel()
+    return uvicorn.Config, uvicorn.Config.load, *chosen, trusted, _LOGGER.getEffectiveLevel()
 
 
 def _is_plain_asgi3(app: Any) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from uvicorn.protocols.utils import ClientDisconnected
 
 from aioserve import _limits
-from aioserve._uvicorn.logs import logger, silence_expected_errors
+from aioserve._log import uvicorn_logger
+from aioserve._uvicorn.logs import silence_expected_errors
 
 
 def disconnect(cycle: Any, unread: Callable[[Any], int], *, end_response: bool = False) -> None:
@@ -41,7 +42,7 @@ def _end_response(cycle: Any) -> None:
     except StopIteration:
         pass
     except RuntimeError as exc:  # it has said how long it is, and is shorter
-        logger.debug("a stream could not be ended: %s", exc)
+        uvicorn_logger.debug("a stream could not be ended: %s", exc)
     finally:
         cycle.flow.write_paused = paused
 

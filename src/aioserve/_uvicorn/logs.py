@@ -12,8 +12,6 @@ from typing import Any
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.utils import ClientDisconnected
 
-logger = logging.getLogger("uvicorn.error")
-
 # What uvicorn logs of a handler that has left its response unfinished.
 _UNFINISHED = tuple(
     f"ASGI callable returned without {what}."

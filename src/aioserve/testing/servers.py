@@ -11,6 +11,7 @@ from typing import Unpack
 import uvicorn
 from anyio.from_thread import start_blocking_portal
 
+from aioserve._errors import add_note
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._serving import start
@@ -80,7 +81,7 @@ class CheckedServer:
         try:
             await self.server.__aexit__(exc_type, exc, tb)
         except BaseException as failure:
-            failure.add_note(f"aioserve: this happened to {self.server.url}")
+            add_note(failure, f"aioserve: this happened to {self.server.url}")
             raised = failure
             raise
         finally:
@@ -90,7 +91,7 @@ class CheckedServer:
                         f"{forced}. Stop what the test started, find out why the handler does not end, or set a "
                         "longer shutdown_timeout"
                     )
-                raised.add_note(f"aioserve: {forced}")
+                add_note(raised, f"aioserve: {forced}")
 
     def _forced(self) -> str | None:
         report = self.server.report
