@@ -1,8 +1,7 @@
 """
 The connections of a server, from accept to close, and the handlers of their requests.
 
-Until a stop is asked for, this only counts them in and out. Then it decides when each one may be closed: by its state
-(see `ConnectionState`), which depends on what has been read, and on what has arrived and is still unread.
+Until a stop is asked for, this only counts them in and out. Then a `Closer` decides when each one may be closed.
 """
 
 from __future__ import annotations
@@ -16,18 +15,17 @@ from typing import Any
 import uvicorn
 
 from aioserve import _limits
+from aioserve._closer import Closer
 from aioserve._finish import is_event_stream
-from aioserve._grace import GracePeriods
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import drop, hang_up, unread_bytes
+from aioserve._net.transports import drop, hang_up
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
-from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket, refuse
+from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
 from aioserve._uvicorn.logs import silence_expected_errors
-from aioserve._uvicorn.protocols import ConnectionState
 from aioserve._uvicorn.state import TrackedState, create_state
 from aioserve._waiting import Condition, after_turns, let_die_quietly
 
@@ -38,7 +36,6 @@ class Connections:
     _announced: bool = False  # responses say "connection: close"
     _closing: bool = False  # connections close as soon as they can
     _disconnecting: bool = False  # handlers are told that their client has gone
-    _graces: GracePeriods | None = None
     _pending_timer: asyncio.TimerHandle | None = None
     _watch_is_due: bool = False
 
@@ -63,7 +60,7 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         self._condition = condition
         self._has_tls = config.ssl is not None
-
+        self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -75,11 +72,12 @@ class Connections:
 
     def _is_settled(self, connection: Any) -> bool:
         is_handled = protocols.connection_state(connection) in ("idle", "busy")
-        is_read = not (protocols.is_http(connection) and self._unread(connection))
+        is_read = not (protocols.is_http(connection) and self._closer.unread(connection))
         return connection.transport.is_closing() or (is_handled and is_read)
 
     def is_finished(self) -> bool:
-        return not (self.state.connections or self.acceptor.pending or self.handlers())
+        are_connected = self.state.connections or self.acceptor.pending or self._closer.is_lingering()
+        return not (are_connected or self.handlers())
 
     def handlers(self) -> set[asyncio.Task[Any]]:
         return self.state.tasks | self._background
@@ -96,17 +94,7 @@ class Connections:
         """Whether a client has sent more requests, without waiting for an answer to the first."""
         if protocols.has_read_more(connection):
             return True
-        return not protocols.has_unread_body(connection) and self._unread(connection) > 0
-
-    def _state_of(self, connection: Any) -> ConnectionState:
-        state = protocols.connection_state(connection)
-        if state == "busy" or not protocols.is_http(connection):
-            return state
-        # The rest of a body whose request has its answer is not waited for.
-        return "partial" if not protocols.has_unread_body(connection) and self._unread(connection) else state
-
-    def _unread(self, connection: Any) -> int:
-        return unread_bytes(self.acceptor.raw_transport(connection.transport))
+        return not protocols.has_unread_body(connection) and self._closer.unread(connection) > 0
 
     # The steps of a stop.
 
@@ -127,7 +115,7 @@ class Connections:
             return
         for connection in list(self.state.connections):
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
-            if is_open and protocols.connection_state(connection) == "idle" and not self._unread(connection):
+            if is_open and protocols.connection_state(connection) == "idle" and not self._closer.unread(connection):
                 protocols.close_gracefully(connection)
 
     def close_unneeded(self) -> None:
@@ -145,37 +133,12 @@ class Connections:
             self._close_if_unneeded(connection)
 
     def _close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> None:
-        if connection not in self.state.connections:
-            return
-        if not connection.transport.is_closing():
-            state = self._state_of(connection)
+        if connection in self.state.connections:
+            state = self._closer.close_if_unneeded(connection, grace=grace)
             if state == "busy":
                 self._disconnect(connection)
-            elif state == "idle":
-                protocols.close_gracefully(connection)
-            elif state == "opening":
-                refuse(connection)
-            elif state == "new":
-                self._wait_for_request(connection, grace or _limits.FIRST_REQUEST)
-            elif state == "answering" or self._unread(connection):
-                self._loop.call_soon(self._close_if_unneeded, connection)  # once it is answered, or read
-            else:
-                self._wait_for_request(connection, _limits.PARTIAL_REQUEST)
-        self.acceptor.hang_up_when_flushed(connection.transport)
-
-    def _wait_for_request(self, connection: Any, seconds: float) -> None:
-        if self._graces is None:
-            self._graces = GracePeriods(on_expired=self._close_partial)
-        self._graces.begin(connection, seconds)
-
-    def _close_partial(self, connection: Any) -> bool:
-        """Close a connection that has sent no request, or only a part of one; else return `False`."""
-        is_partial = self._state_of(connection) in ("new", "partial") and not self._unread(connection)
-        if connection.transport.is_closing() or not is_partial:
-            return False
-        protocols.close_gracefully(connection)
-        self.acceptor.hang_up_when_flushed(connection.transport)
-        return True
+            elif state is not None:
+                self._loop.call_soon(self._close_if_unneeded, connection)
 
     def disconnect_handlers(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
@@ -196,7 +159,7 @@ class Connections:
     def _disconnect_cycle(self, cycle: Any) -> None:
         is_stream = cycle.response_started and is_event_stream(cycle.scope)
         if self._disconnecting or is_stream:
-            disconnect(cycle, self._unread, end_response=is_stream)
+            disconnect(cycle, self._closer.unread, end_response=is_stream)
 
     def cancel(self, handler: asyncio.Task[Any]) -> None:
         self._watch_handlers_soon()
@@ -205,11 +168,11 @@ class Connections:
 
     def abort_connections(self) -> int:
         self.acceptor.drop_pending()
+        self._closer.drop()
         aborted = 0
         for connection in list(self.state.connections):
-            if not self._close_partial(connection):
-                # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
-                self.acceptor.raw_transport(connection.transport).abort()
+            if not self._closer.close_partial(connection):
+                self._closer.abort(connection)
                 aborted += 1
         return aborted
 
@@ -217,9 +180,7 @@ class Connections:
         self.acceptor.close()
         for connection in list(self.state.connections) if self._has_tls else ():
             self.acceptor.forget(connection.transport)
-        if self._graces is not None:
-            self._graces.close()
-            self._graces = None  # so that no cycle is left to the garbage collector
+        self._closer.close()
         if self._pending_timer is not None:
             self._pending_timer.cancel()
         self.state.close()
@@ -244,11 +205,11 @@ class Connections:
             for task in protocols.tasks_behind(connection):
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
+        if self._announced:
+            self._closer.removed(connection)
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:
-            if self._graces is not None:
-                self._graces.end(connection)
             self._watch_handlers_soon()
             self._condition.notify()
 
@@ -279,7 +240,7 @@ class Connections:
         self._watched.discard(task)
         if self._has_tls and self._closing:
             for connection in list(self.state.connections):
-                self.acceptor.hang_up_when_flushed(connection.transport)
+                self._closer.see_off(connection)
         self._condition.notify()
 
 

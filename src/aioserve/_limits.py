@@ -12,6 +12,8 @@ PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
 LIFESPAN_GRACE = 1.0  # for a lifespan to end that was cancelled, or is forced to shut down
+LINGER = 1.0  # for the next byte of a client that is still sending to a connection that is closed
+LINGER_LONGEST = 5.0  # for all that such a client sends
 ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example because no descriptor is left
 FILE_LOCK_RETRY = 0.001  # until the next try to lock a directory; nothing but trying tells when a lock is free
 FILE_LOCK_TIMEOUT = 1.0  # for all these tries
@@ -30,6 +32,7 @@ TURNS_BEFORE_TIMER = 3  # before it is worth the cost to make a timer for a wait
 LEAK_TURNS = 10  # for a loop to close what was just released, in a check for leaks: transports need two or three
 
 WRAPPING_COROUTINES = 50  # of a task factory that are looked into to find the handler that they wrap
+LINGER_READS = 16  # of 64 KiB, before it is the turn of others
 SAME_PORT_ATTEMPTS = 32  # to find a port that is free on several addresses, when any will do
 TRACEBACK_CHARACTERS = 100_000  # of an app's traceback; longer ones repeat themselves
 

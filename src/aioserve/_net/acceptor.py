@@ -27,7 +27,7 @@ from aioserve._errors import describe_error
 from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import FlushWatch, hang_up, has_unsent
+from aioserve._net.transports import FlushWatch, has_unsent
 from aioserve._waiting import start_task
 
 T = TypeVar("T")
@@ -127,15 +127,15 @@ class Acceptor:
         """Return the transport below a TLS transport, or the transport itself where there is none."""
         return self._raw_transports.get(transport, transport)
 
-    def hang_up_when_flushed(self, transport: Any) -> None:
-        """Hang up a closing TLS connection once our data is sent; do not wait for the client's close_notify."""
+    def when_flushed(self, transport: Any, hang_up: Callable[[Any], object]) -> None:
+        """Hang up a closing TLS connection once our data is sent: by a function that gets the raw transport."""
         raw = self.raw_transport(transport)
-        if raw is transport or not transport.is_closing() or transport in self._flush_watches:
+        if raw is transport or transport in self._flush_watches:
             return
         if not has_unsent(transport, raw):
             hang_up(raw)
             return
-        watch = FlushWatch(transport, raw)
+        watch = FlushWatch(transport, raw, hang_up)
         try:
             watch.start()
         except OSError as exc:

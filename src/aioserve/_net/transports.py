@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +24,7 @@ def unread_bytes(raw: Any) -> int:
     """Return how much has arrived on a connection that nobody has read yet."""
     size = bytearray(4)  # a C int; bytes would be copied
     try:
-        fcntl.ioctl(_descriptor(raw), termios.FIONREAD, size)
+        fcntl.ioctl(descriptor(raw), termios.FIONREAD, size)
     except OSError:
         return 0
     return int.from_bytes(size, sys.byteorder)
@@ -44,7 +45,7 @@ def hang_up(raw: Any) -> None:
     An abort would send a reset if something is unread, and a reset can take back what we have sent.
     """
     try:
-        sock = socket.socket(fileno=_descriptor(raw))
+        sock = socket.socket(fileno=descriptor(raw))
     except OSError:
         return  # it is gone
     try:
@@ -71,15 +72,16 @@ class FlushWatch:
     asyncio waits half a minute for the client's close_notify, which the client need not send. (RFC 8446, 6.1.)
     """
 
-    def __init__(self, transport: Any, raw: Any) -> None:
+    def __init__(self, transport: Any, raw: Any, hang_up: Callable[[Any], object]) -> None:
         self._transport = transport
         self._raw = raw
+        self._hang_up = hang_up
 
     def start(self) -> None:
         """Start to watch; raise an `OSError` if no descriptor is left."""
         # A descriptor of our own, since a loop allows nobody to watch a transport's.
         with forks.lock:
-            self._descriptor = os.dup(_descriptor(self._raw))
+            self._descriptor = os.dup(descriptor(self._raw))
             forks.track(self)
         self._loop = asyncio.get_running_loop()
         self._loop.add_writer(self._descriptor, self._writable)
@@ -87,7 +89,7 @@ class FlushWatch:
     def _writable(self) -> None:
         if not has_unsent(self._transport, self._raw):
             self._loop.remove_writer(self._descriptor)
-            hang_up(self._raw)
+            self._hang_up(self._raw)
 
     def stop(self) -> None:
         """Stop watching: the connection is gone."""
@@ -100,7 +102,8 @@ class FlushWatch:
         return self._descriptor
 
 
-def _descriptor(raw: Any) -> int:
+def descriptor(raw: Any) -> int:
+    """Return the descriptor of a raw transport's socket; an `OSError` says that it is gone."""
     sock = raw.get_extra_info("socket")
     descriptor: int = -1 if sock is None else sock.fileno()
     if descriptor < 0:

@@ -1,0 +1,143 @@
+"""
+Closes connections in a stop: each one as soon as it owes nobody an answer, and without a reset.
+
+What a connection owes is its state (see `ConnectionState`), which depends on what has been read, and on what has
+arrived and is still unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from aioserve import _limits
+from aioserve._grace import GracePeriods
+from aioserve._net.acceptor import Acceptor
+from aioserve._net.linger import LingeringSockets
+from aioserve._net.transports import hang_up, unread_bytes
+from aioserve._uvicorn import protocols
+from aioserve._uvicorn.disconnect import refuse
+from aioserve._uvicorn.protocols import ConnectionState
+
+
+class Closer:
+    """Closes the connections of one server."""
+
+    _graces: GracePeriods | None = None
+    _lingering: LingeringSockets | None = None
+    _is_dropping: bool = False  # whatever is left is dropped
+
+    def __init__(self, acceptor: Acceptor, *, has_tls: bool, on_change: Callable[[], None]) -> None:
+        self._acceptor = acceptor
+        self._has_tls = has_tls
+        self._on_change = on_change
+
+    def unread(self, connection: Any) -> int:
+        """Return how many bytes have arrived and are not read yet; with TLS, encrypted ones."""
+        return unread_bytes(self._acceptor.raw_transport(connection.transport))
+
+    def is_lingering(self) -> bool:
+        return bool(self._lingering)
+
+    def close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> ConnectionState | None:
+        """
+        Close a connection if it is idle, a WebSocket with 1012 or an unaccepted one with 503.
+
+        One from which a request may still come is given some time for that. Return the state of one that is busy, or
+        that will have another state in the next turns of the loop.
+        """
+        if not connection.transport.is_closing():
+            state = self._state_of(connection)
+            if state in ("busy", "answering") or (state == "partial" and self.unread(connection)):
+                return state
+            if state == "idle":
+                protocols.close_gracefully(connection)
+            elif state == "opening":
+                refuse(connection)
+            elif state == "new":
+                self._wait_for_request(connection, grace or _limits.FIRST_REQUEST)
+            else:
+                self._wait_for_request(connection, _limits.PARTIAL_REQUEST)
+        self.see_off(connection)
+        return None
+
+    def close_partial(self, connection: Any) -> bool:
+        """Close a connection that has sent no request, or only a part of one; else return `False`."""
+        is_partial = self._state_of(connection) in ("new", "partial") and not self.unread(connection)
+        if connection.transport.is_closing() or not is_partial:
+            return False
+        protocols.close_gracefully(connection)
+        self.see_off(connection)
+        return True
+
+    def _wait_for_request(self, connection: Any, seconds: float) -> None:
+        if self._graces is None:
+            self._graces = GracePeriods(on_expired=self.close_partial)
+        self._graces.begin(connection, seconds)
+
+    def _state_of(self, connection: Any) -> ConnectionState:
+        state = protocols.connection_state(connection)
+        if state == "busy" or not protocols.is_http(connection):
+            return state
+        # The rest of a body whose request has its answer is not waited for.
+        return "partial" if not protocols.has_unread_body(connection) and self.unread(connection) else state
+
+    # The end of a connection that is closing.
+
+    def see_off(self, connection: Any) -> None:
+        """See to it that a closing connection ends: with TLS, without its client's help; and without a reset."""
+        transport = connection.transport
+        if not transport.is_closing():
+            return
+        if self._has_tls:
+            self._acceptor.when_flushed(transport, partial(self._hang_up, connection))
+        elif self._may_be_sending(connection):
+            self._linger(transport)
+
+    def _hang_up(self, connection: Any, raw: Any) -> None:
+        """End a TLS connection whose data is sent; do not wait for the client's close_notify."""
+        if not self._may_be_sending(connection):
+            hang_up(raw)
+            return
+        self._linger(raw)
+        self._shut_down(raw)
+        raw.abort()
+
+    def _may_be_sending(self, connection: Any) -> bool:
+        return protocols.may_be_sending(connection) or self.unread(connection) > 0
+
+    def _linger(self, raw: Any) -> None:
+        if not self._is_dropping:
+            if self._lingering is None:
+                self._lingering = LingeringSockets(on_end=self._on_change)
+            self._lingering.begin(raw)
+
+    def _shut_down(self, raw: Any) -> None:
+        if self._lingering is not None:
+            self._lingering.shut_down(raw)
+
+    def removed(self, connection: Any) -> None:
+        """A connection is lost: all is written that was to be written, and its socket is still open, but for TLS."""
+        if self._graces is not None:
+            self._graces.end(connection)
+        if not self._has_tls:
+            if self._may_be_sending(connection):
+                self._linger(connection.transport)
+            self._shut_down(connection.transport)
+
+    def abort(self, connection: Any) -> None:
+        # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
+        self._acceptor.raw_transport(connection.transport).abort()
+
+    def drop(self) -> None:
+        """Linger no longer, and on no more connections."""
+        self._is_dropping = True
+        if self._lingering is not None:
+            self._lingering.close()
+
+    def close(self) -> None:
+        self.drop()
+        if self._graces is not None:
+            self._graces.close()
+            self._graces = None  # so that no cycle is left to the garbage collector
