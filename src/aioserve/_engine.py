@@ -150,7 +150,7 @@ class Engine(ServerTask):
         if self.on_crash is not None:
             self.on_crash()
         else:
-            logger.error("%s", self.error, exc_info=cause)
+            logger.error("%s: %s", self.urls[0], self.error, exc_info=cause)
 
     async def _drop_everything(self) -> None:
         """Leave nothing, also where the stop has failed, which is a bug of aioserve's."""

@@ -82,10 +82,10 @@ class Report(SimpleNamespace):
         """Whether anything had to be forced."""
         return bool(self.aborted or self.disconnected or self.cancelled or self.lifespan_stuck)
 
-    def summary(self, name: str) -> str:
-        """Say in one line what had to be forced, and which handlers these were."""
+    def summary(self, name: str = "") -> str:
+        """Say in one line what had to be forced, and which handlers these were; with the name of the server first."""
         line = (
-            f"{name}: forced shutdown: {_count(len(self.disconnected), 'handler')} disconnected, "
+            f"{name}{': ' if name else ''}forced shutdown: {_count(len(self.disconnected), 'handler')} disconnected, "
             f"{len(self.cancelled)} cancelled, {_count(self.aborted, 'connection')} dropped"
         )
         handlers = [*self.cancelled, *self.disconnected]

@@ -82,7 +82,7 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``); if there are none, on those of
             the other options, if given. A string is the name of one of them. Where systemd asks for it
             (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops, and its watchdog
-            (``WATCHDOG_USEC``) is answered from the loop until the server has closed, so that it restarts a program
+            (``WATCHDOG_USEC``) is answered from the loop until the server has closed, so that it kills a program
             whose loop is blocked; a server with a named socket reports only that it is ready. Default: `False`.
         ssl: A ready `ssl.SSLContext`. You can load new certificates into it while the server runs. Default: `None`;
             uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
@@ -99,7 +99,8 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         stop_on_signals: `True` (SIGINT and SIGTERM), or the signals that end the block: its body is cancelled, and the
             block ends normally. A second one forces, except SIGHUP, which a closing terminal may send twice. Only in
             the main thread, and only where the loop does not handle the signal already. If the app takes one of them
-            over while it starts, a warning is logged: call `Server.close()` in its handler. Default: `False`.
+            over while it starts, a warning is logged: call `Server.close()` in its handler, and await
+            `Server.wait_closed()` in the block. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left

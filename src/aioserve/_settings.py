@@ -160,10 +160,11 @@ def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
 def _notifications(systemd: bool | str) -> dict[str, Any]:
     """Return the settings for what systemd is told; with logging set up, which is done with the Config."""
     # The stop of one of several servers, which are told apart by name, is not that of the service.
-    if systemd is not True:
-        return {"systemd_states": _OF_ONE_SERVER}
-    from aioserve._net.systemd import watchdog  # only where it is needed
+    from aioserve._net.systemd import warn_of_watchdog, watchdog  # only where it is needed
 
+    if systemd is not True:
+        warn_of_watchdog()
+        return {"systemd_states": _OF_ONE_SERVER}
     return {"systemd_states": ("READY=1", "STOPPING=1"), "watchdog": watchdog()}
 
 

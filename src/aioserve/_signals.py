@@ -109,11 +109,14 @@ class Signals:
             if not isinstance(handler, _Handler):
                 with suppress(Exception):  # a repr() or a logging handler that raises does not fail the start
                     logger.warning(
-                        "stop_on_signals: %s may not stop %s: while the app started, its handler was replaced by %s; "
-                        "call close() there",
+                        "stop_on_signals: %s will not stop %s: while the app started, aioserve's handler was replaced "
+                        "by %s; %s",
                         signal_name(signum),
                         where,
                         _describe(signum, handler, self._loop),
+                        "call server.close() there, and await server.wait_closed() in the block"
+                        if callable(handler)
+                        else "do not replace it in the app",
                     )
 
     def take_back(self) -> None:

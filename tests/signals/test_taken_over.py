@@ -60,8 +60,8 @@ async def test_program_whose_stop_signal_was_replaced_gets_one_warning(
     app = Starting(lambda: signal.signal(signal.SIGTERM, apps_handler))
     await way(app, closing, stop_on_signals=True)
     (line,) = warnings_in(caplog)
-    assert line.startswith("stop_on_signals: SIGTERM may not stop http://127.0.0.1:")
-    assert line.endswith(f"its handler was replaced by {apps_handler!r}; call close() there")
+    assert line.startswith("stop_on_signals: SIGTERM will not stop http://127.0.0.1:")
+    assert f"replaced by {apps_handler!r}; call server.close() there, and await server.wait_closed() in the bl" in line
     assert signal.getsignal(signal.SIGTERM) is apps_handler  # it is restored by the fixture
 
 
@@ -122,7 +122,17 @@ async def test_program_that_starts_a_child_process_gets_the_same_warning(
     async with serving_process("tests.helpers.apps:factory", factory=True, stop_on_signals=True):
         pass
     (line,) = warnings_in(caplog)
-    assert line.startswith("stop_on_signals: SIGTERM may not stop http://127.0.0.1:")
+    assert line.startswith("stop_on_signals: SIGTERM will not stop http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+async def test_program_whose_stop_signal_has_no_handler_any_more_is_not_told_to_close_there(
+    handler: signal.Handlers, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Starting(lambda: signal.signal(signal.SIGTERM, handler))
+    await WAYS["serving"](app, closing, stop_on_signals=True)
+    (line,) = warnings_in(caplog)
+    assert line.endswith(f"was replaced by {handler!r}; do not replace it in the app")
 
 
 def test_handler_of_an_asyncio_runner_is_no_reason_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -84,6 +84,16 @@ async def test_other_address_options_are_used_without_systemd(tmp_path: Path) ->
         assert server.url.startswith("http+unix://")
 
 
+async def test_address_that_replaces_a_socket_of_systemd_with_another_name_is_a_warning(
+    handed_down: list[socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name may be misspelt."""
+    async with serving(App(), systemd="wbe", port=0) as server:
+        assert server.port not in ports(handed_down)
+    (line,) = messages_of(caplog)
+    assert line.startswith("systemd has passed no socket named 'wbe' (only ")
+
+
 async def test_systemd_option_without_systemd_and_without_an_address_is_an_error() -> None:
     """A random port would help nobody."""
     with pytest.raises(FileNotFoundError, match="systemd has passed no socket to this process"):

@@ -1,5 +1,5 @@
 """
-systemd's watchdog: it is answered from the server's loop, so a program whose loop is blocked is restarted.
+systemd's watchdog: it is answered from the server's loop, so it ends a program whose loop is blocked.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ async def answers(manager: socket.socket, count: int = 3) -> None:
     notifications(manager)
     for _ in range(count):
         assert await asyncio.get_running_loop().sock_recv(manager, 100) == ALIVE
+
+
+async def test_server_of_one_socket_says_that_it_does_not_answer_the_watchdog(
+    watched: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may serve the other sockets of the program."""
+    async with serving(App(), systemd="web", port=0):
+        assert notifications(watched) == [b"READY=1"]
+    (line,) = messages_of(caplog)
+    assert line.startswith("systemd's watchdog is on (WATCHDOG_USEC), and a server of one named socket does not answer")
 
 
 async def test_watchdog_of_systemd_is_answered_until_the_server_has_closed(watched: socket.socket) -> None:

@@ -332,8 +332,8 @@ async def test_endless_streams_of_starlette_and_sse_starlette_end_at_a_disconnec
 
 
 @pytest.mark.usefixtures("sse_starlettes_watcher_ends")
-async def test_sse_starlette_can_use_the_stopping_event() -> None:
-    """Its streams see the stop, have their own grace period, and can send a last event."""
+async def test_generator_of_sse_starlette_can_watch_the_stopping_event() -> None:
+    """It sees the stop, and can send a last event."""
 
     async def events(request: Request) -> EventSourceResponse:
         stopping: anyio.Event = request.state.aioserve.stopping
@@ -343,7 +343,7 @@ async def test_sse_starlette_can_use_the_stopping_event() -> None:
             await stopping.wait()
             yield "the end"
 
-        return EventSourceResponse(until_stopping(), shutdown_event=stopping, shutdown_grace_period=5)
+        return EventSourceResponse(until_stopping())
 
     server = await start(Starlette(routes=[Route("/", events)]), shutdown_timeout=None)
     async with connect(server) as client:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import socket
 import ssl
@@ -32,6 +33,8 @@ _MISSING_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
+
+logger = logging.getLogger("aioserve")
 
 _HINTS = {
     errno.EACCES: "a port below 1024 requires a privilege",
@@ -181,11 +184,13 @@ async def duplicate_systemd_sockets(name: str | None, fallback: Bind | None) -> 
     if descriptors := systemd.listen_fds(name):
         return await duplicate_descriptors(descriptors)
     systemd.warn_if_for_another_process()
-    if fallback is not None:
-        return await fallback()
     named = "" if name is None else f" named {name!r}"
     if name is not None and systemd.listen_fds():
         named += f" (only {', '.join(map(repr, systemd.names()))})"
+        if fallback is not None:
+            logger.warning("systemd has passed no socket%s; listening on the address that was given as well", named)
+    if fallback is not None:
+        return await fallback()
     raise OSError(
         errno.ENOENT,
         f"systemd has passed no socket{named} to this process (see LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES in its "

@@ -54,6 +54,15 @@ def watchdog() -> tuple[float, Callable[[], None]] | None:
     return microseconds / 2e6, partial(notify, "WATCHDOG=1")
 
 
+def warn_of_watchdog() -> None:
+    """Log it if systemd watches this process, and this server does not answer."""
+    if watchdog() is not None:
+        logger.warning(
+            "systemd's watchdog is on (WATCHDOG_USEC), and a server of one named socket does not answer it; "
+            "let the program send WATCHDOG=1, or serve all sockets with systemd=True"
+        )
+
+
 def notify(state: str) -> None:
     """Send a state like "READY=1" to systemd, if NOTIFY_SOCKET is set."""
     address = os.environ.get("NOTIFY_SOCKET")

@@ -96,7 +96,7 @@ OWN_OPTIONS: list[click.Parameter] = [
     click.Option(["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, not on TCP."),
     click.Option(["--uds-mode"], type=octal, help="Mode of the socket file, like 660.  [default: 600]"),
     click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on this inherited descriptor."),
-    click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets; without any, on the others."),
+    click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets, notify it, and answer its watchdog."),
     click.Option(["--systemd-name"], metavar="NAME", help="Only sockets with this FileDescriptorName."),
     click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),
     _seconds("--startup-timeout", "How long the app's startup may take.  [default: 60; none: no limit]"),
