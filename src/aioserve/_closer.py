@@ -15,7 +15,7 @@ from aioserve import _limits
 from aioserve._grace import GracePeriods
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.linger import LingeringSockets
-from aioserve._net.transports import hang_up, unread_bytes
+from aioserve._net.transports import hang_up, is_active, tcp_info, unread_bytes
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.disconnect import refuse
 from aioserve._uvicorn.protocols import ConnectionState
@@ -32,6 +32,7 @@ class Closer:
         self._acceptor = acceptor
         self._has_tls = has_tls
         self._on_change = on_change
+        self._active: set[Any] = set()  # WebSockets on which something was on its way when they were closed
 
     def unread(self, connection: Any) -> int:
         """Return how many bytes have arrived and are not read yet; with TLS, encrypted ones."""
@@ -52,6 +53,8 @@ class Closer:
             if state in ("busy", "answering") or (state == "partial" and self.unread(connection)):
                 return state
             if state == "idle":
+                if not protocols.is_http(connection) and is_active(self._acceptor.raw_transport(connection.transport)):
+                    self._active.add(connection)
                 protocols.close_gracefully(connection)
             elif state == "opening":
                 refuse(connection)
@@ -80,6 +83,9 @@ class Closer:
         state = protocols.connection_state(connection)
         if state == "busy" or not protocols.is_http(connection):
             return state
+        if state == "new" and not self._has_tls:
+            info = tcp_info(connection.transport)  # zttp does not show what it has read of a first request
+            return "partial" if info is not None and info.received else state
         # The rest of a body whose request has its answer is not waited for.
         return "partial" if not protocols.has_unread_body(connection) and self.unread(connection) else state
 
@@ -105,7 +111,8 @@ class Closer:
         raw.abort()
 
     def _may_be_sending(self, connection: Any) -> bool:
-        return protocols.may_be_sending(connection) or self.unread(connection) > 0
+        has_more = protocols.is_http(connection) and protocols.has_unread_body(connection)
+        return has_more or connection in self._active or self.unread(connection) > 0
 
     def _linger(self, raw: Any) -> None:
         if not self._is_dropping:
@@ -125,6 +132,7 @@ class Closer:
             if self._may_be_sending(connection):
                 self._linger(connection.transport)
             self._shut_down(connection.transport)
+        self._active.discard(connection)
 
     def abort(self, connection: Any) -> None:
         # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).

@@ -68,7 +68,8 @@ class Connections:
 
     def is_settled(self) -> bool:
         """Whether all that has arrived has been read, and has reached its handler."""
-        return not self.acceptor.pending and all(map(self._is_settled, self.state.connections))
+        are_made = not (self.acceptor.pending or self.acceptor.has_rest)
+        return are_made and all(map(self._is_settled, self.state.connections))
 
     def _is_settled(self, connection: Any) -> bool:
         is_handled = protocols.connection_state(connection) in ("idle", "busy")
@@ -76,8 +77,8 @@ class Connections:
         return connection.transport.is_closing() or (is_handled and is_read)
 
     def is_finished(self) -> bool:
-        are_connected = self.state.connections or self.acceptor.pending or self._closer.is_lingering()
-        return not (are_connected or self.handlers())
+        are_closed = not (self.state.connections or self._closer.is_lingering())
+        return are_closed and not (self.acceptor.pending or self.acceptor.has_rest or self.handlers())
 
     def handlers(self) -> set[asyncio.Task[Any]]:
         return self.state.tasks | self._background
@@ -85,7 +86,7 @@ class Connections:
     def needs_no_app(self) -> bool:
         """Whether no handler is left, and every connection is closing."""
         are_closing = not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
-        return are_closing and not self.acceptor.pending and not self.handlers()
+        return are_closing and not (self.acceptor.pending or self.acceptor.has_rest or self.handlers())
 
     def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
         return [(task, unfinished_handler(protocols.scope_of(task), task)) for task in self.state.tasks]
@@ -126,11 +127,15 @@ class Connections:
         still come is given some time for that, as is a TLS handshake.
         """
         self._closing = True
-        if self.acceptor.pending:
-            self._pending_timer = self._loop.call_later(_limits.TLS_HANDSHAKE, self.acceptor.drop_pending)
+        self._look_at_handshakes()
         self._watch_handlers()
         for connection in list(self.state.connections):
             self._close_if_unneeded(connection)
+
+    def _look_at_handshakes(self) -> None:
+        if self.acceptor.pending:
+            left = self.acceptor.drop_silent(_limits.TLS_HANDSHAKE)
+            self._pending_timer = self._loop.call_later(left, self._look_at_handshakes)
 
     def _close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> None:
         if connection in self.state.connections:
@@ -167,9 +172,8 @@ class Connections:
         handler.cancel()
 
     def abort_connections(self) -> int:
-        self.acceptor.drop_pending()
         self._closer.drop()
-        aborted = 0
+        aborted = self.acceptor.drop_pending() + self.acceptor.lose_rest()
         for connection in list(self.state.connections):
             if not self._closer.close_partial(connection):
                 self._closer.abort(connection)
@@ -178,6 +182,7 @@ class Connections:
 
     def close(self) -> None:
         self.acceptor.close()
+        self.acceptor.lose_rest()
         for connection in list(self.state.connections) if self._has_tls else ():
             self.acceptor.forget(connection.transport)
         self._closer.close()
@@ -207,6 +212,8 @@ class Connections:
                 task.add_done_callback(self._background.discard)
         if self._announced:
             self._closer.removed(connection)
+            if self.acceptor.has_rest:
+                self._loop.call_soon(self.acceptor.accept_rest)  # when its descriptor is free
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:

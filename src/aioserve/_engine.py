@@ -147,9 +147,7 @@ class Engine(ServerTask):
     def _crash(self, what: str, cause: BaseException | None) -> None:
         self._note_crash(what, cause)
         self.shutdown.ask()
-        if self.on_crash is not None:
-            self.on_crash()
-        else:
+        if self.on_crash is None or not self.on_crash():
             logger.error("%s: %s", self.urls[0], self.error, exc_info=cause)
 
     async def _drop_everything(self) -> None:

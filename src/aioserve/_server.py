@@ -96,7 +96,7 @@ class ServerHandle:
         await self._engine.closed.wait()
         self._awaited = True
         if self._engine.error is not None:
-            raise self._engine.error
+            raise self._engine.error.with_traceback(None)  # or it would grow with each call
 
     async def aclose(self) -> None:
         """
@@ -132,7 +132,7 @@ class ServerHandle:
         raised = late if late is not None and not cancelled else exc
         if raised is None or isinstance(raised, GeneratorExit):  # a generator that is closed has no error of its own
             if error is not None:
-                raise error
+                raise error.with_traceback(None)  # or it would grow with each call
             return
         if error is not None and error is not raised:
             add_note(raised, f"aioserve: the server failed as well: {describe_error(error)}")

@@ -20,8 +20,8 @@ class ServerTask:
     """What went wrong: an `OSError` or a `ServingError`."""
     report: Report | None = None
     _is_abandoned: bool = False
-    on_crash: Callable[[], None] | None = None
-    """Called when the server dies while it is serving."""
+    on_crash: Callable[[], bool] | None = None
+    """Called when the server dies while it is serving; returns whether somebody will raise the error."""
 
     def __init__(self, listeners: Sequence[Listener], *, has_tls: bool) -> None:
         self._loop = asyncio.get_running_loop()

@@ -264,11 +264,12 @@ class InterruptScope:
         self._before = task.cancelling()  # cancellations that came earlier are left alone
         return self
 
-    def interrupt(self) -> None:
-        """Cancel the block, from another task or from the loop."""
+    def interrupt(self) -> bool:
+        """Cancel the block, from another task or from the loop; return `False` if the task that began it has ended."""
         # The block cannot end before the cancellation arrives, so it cannot reach later code.
-        self._interrupts += 1
-        self._task.cancel()
+        was_cancelled = self._task.cancel()
+        self._interrupts += was_cancelled
+        return was_cancelled
 
     async def __aenter__(self) -> Self:
         return self.begin()
@@ -346,10 +347,17 @@ class ServingContext(Generic[Handle]):
 
     def _end_by_signal(self) -> None:
         assert self._signals is not None
-        logger.info("%s: cancelling the block of %s", self._signals.first, self._server.url)
         if self._signals.count > 1:
             self._server.close(timeout=0)
-        self._body.interrupt()
+        if self._body.interrupt():
+            logger.info("%s: cancelling the block of %s", self._signals.first, self._server.url)
+        else:
+            logger.warning(
+                "%s: closing %s; its block cannot be cancelled, since the task that entered it has ended",
+                self._signals.first,
+                self._server.url,
+            )
+            self._server.close()
 
     def was_signalled(self) -> bool:
         """Whether a signal has come that was to end the block."""

@@ -27,7 +27,7 @@ from aioserve._errors import describe_error
 from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import FlushWatch, has_unsent
+from aioserve._net.transports import FlushWatch, has_unsent, queue_length, tcp_info, unread_bytes
 from aioserve._waiting import start_task
 
 T = TypeVar("T")
@@ -55,8 +55,10 @@ class Acceptor:
         self.sockets: tuple[socket.socket, ...] = tuple(listener.socket for listener in listeners)
         self.pending: set[asyncio.Task[object]] = set()
         """The connections that are accepted and not made yet: with TLS, those in their handshake."""
+        self.has_rest: bool = False
+        """Whether connections wait in the queues of sockets that are about to close."""
 
-        self._listeners = listeners
+        self._listeners = list(listeners)
         self._raw_transports: dict[asyncio.BaseTransport, asyncio.Transport] = {}
         self._flush_watches: dict[asyncio.BaseTransport, FlushWatch] = {}
         self._loop = asyncio.get_running_loop()
@@ -66,6 +68,9 @@ class Acceptor:
         self._on_change = on_change
         self._serving = False
         self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
+        self._reserve: int | None = None  # a descriptor to be closed when there is no other one for a connection
+        self._closed_at = 0.0
+        self._handshakes: dict[asyncio.Task[Any], asyncio.Transport] = {}
         self._context: contextvars.Context
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -81,47 +86,91 @@ class Acceptor:
         context.run(self._add_readers)
 
     def _add_readers(self) -> None:
-        for sock in self.sockets:
+        for listener in self._listeners:
             # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
-            self._loop.add_reader(sock.fileno(), self._accept, sock)
+            accept = self._accept_lent if listener.lent else self._accept
+            self._loop.add_reader(listener.socket.fileno(), accept, listener.socket)
 
     def close(self) -> None:
         """
         Accept what waits in the kernel's queue, and then nothing more.
 
-        The queue of a lent socket is left to the socket's next user.
+        The queue of a lent socket is left to the socket's next user. Where no descriptor is left, `has_rest` is true,
+        and `accept_rest()` tries again.
         """
-        if self._serving and not self._loop.is_closed():
-            self._serving = False
+        was_serving, self._serving = self.is_serving(), False
+        if was_serving:
+            self._closed_at = self._loop.time()
             for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
-                if not listener.lent:
-                    self._accept_last(listener.socket)
+                if not listener.lent and self._accepted_in == os.getpid():
+                    _drop_new_connections(listener.socket)
             for retry in self._retries.values():
                 retry.cancel()
+            self.has_rest = True
+            self.accept_rest()
+        else:
+            self.lose_rest()
+
+    def accept_rest(self) -> None:
+        """Accept what waits in the queues of our own sockets, and close each one whose queue is empty."""
+        if self.has_rest:
+            listeners, self._listeners = self._listeners, []
+            for listener in listeners:
+                sock = listener.socket
+                can_accept = not listener.lent and self._loop.is_running() and _is_readable(sock)
+                if can_accept and not self._context.run(self._accept, sock):
+                    self._listeners.append(listener)
+                    continue
+                if not listener.lent and self._accepted_in == os.getpid():
+                    with suppress(OSError):
+                        # Also for the copies in other processes: C code can fork without Python's knowledge.
+                        sock.shutdown(socket.SHUT_RDWR)
+                listener.close()
+            self.has_rest = bool(self._listeners)
+            if not self.has_rest:
+                self._release_reserve()
+
+    def lose_rest(self) -> int:
+        """Close all sockets, and return how many connections in their queues are lost for want of a descriptor."""
+        lost = sum(queue_length(listener.socket) for listener in self._listeners) if self.has_rest else 0
+        self.has_rest = False
         for listener in self._listeners:
             listener.close()
-        self._listeners = ()
+        self._listeners = []
+        self._release_reserve()
+        return lost
 
-    def _accept_last(self, sock: socket.socket) -> None:
-        is_used = self._accepted_in is not None and self._accepted_in == os.getpid()
-        if is_used:
-            _drop_new_connections(sock)
-        if _is_readable(sock) and self._loop.is_running():
-            self._context.run(self._accept, sock)
-        if is_used:
-            with suppress(OSError):
-                # Also for the copies in other processes: C code can fork without Python's knowledge.
-                sock.shutdown(socket.SHUT_RDWR)
+    def _release_reserve(self) -> bool:
+        """Close the descriptor that is kept so that one connection at a time can be accepted when no other is left."""
+        reserve, self._reserve = self._reserve, None
+        if reserve is None:
+            return False
+        os.close(reserve)
+        return True
 
     async def wait_closed(self) -> None:
         """Return at once: `close()` leaves nothing to wait for."""
 
-    def drop_pending(self) -> None:
-        """Drop the connections that are still being made."""
+    def drop_pending(self) -> int:
+        """Drop the connections that are still being made, and return how many these are."""
         for task in self.pending:
             task.cancel()
+        return len(self.pending)
+
+    def drop_silent(self, seconds: float) -> float:
+        """Drop TLS handshakes that have not moved for so long, and return when to look at the others again."""
+        left = seconds
+        for task, raw in list(self._handshakes.items()):
+            if not unread_bytes(raw):
+                info = tcp_info(raw)
+                since_closed = self._loop.time() - self._closed_at
+                idle = since_closed if info is None else min(info.since_sent, info.since_received)
+                if idle >= seconds:
+                    task.cancel()
+                left = min(left, max(seconds - idle, _limits.SHORTEST_LOOK))
+        return left
 
     def raw_transport(self, transport: Any) -> Any:
         """Return the transport below a TLS transport, or the transport itself where there is none."""
@@ -151,41 +200,58 @@ class Acceptor:
         if watch is not None:
             watch.stop()
 
-    def _accept(self, sock: socket.socket) -> None:
+    def _accept_lent(self, sock: socket.socket) -> None:
+        sock.setblocking(False)  # its twin shares that, and somebody may have set it
+        self._accept(sock)
+
+    def _accept(self, sock: socket.socket) -> bool:
+        """Accept what waits in a queue; return `False` if no descriptor is left for it."""
         for _ in range(self._backlog + 1):  # Linux queues one more
             try:
                 connection = forks.accept(sock)
             except (BlockingIOError, InterruptedError):
-                return
+                return True
             except OSError as exc:
                 if exc.errno in _GONE:
                     continue
                 if exc.errno == errno.ENOTSOCK:
-                    return  # this is a fork, which has let go of the socket and runs the loop that it has a copy of
+                    return True  # this is a fork, which has let go of it and runs the loop that it has a copy of
                 if self._serving:
                     self._pause(sock, exc)
-                else:
-                    logger.error("cannot accept: %s; the connections in the queue are lost", exc.strerror)
-                return
+                elif self._release_reserve():
+                    continue
+                return False
             if self._accepted_in is None:
                 self._accepted_in = os.getpid()
+                with suppress(OSError):
+                    self._reserve = os.open(os.devnull, os.O_RDONLY)
             connection.setblocking(False)
             if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
                 # From a socket that was made with proto=0, as most lent ones are. asyncio does not set TCP_NODELAY on
                 # it, and answers on kept-alive connections would take 40 ms.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task: asyncio.Task[object] = start_task(
+            making: Coroutine[Any, Any, object] = (
                 self._loop.connect_accepted_socket(self._make_protocol, connection)
                 if self._ssl is None
                 else self._start_tls(connection, self._ssl)
             )
+            try:
+                task = start_task(making)
+            except BaseException:  # raised by a task factory
+                making.close()
+                connection.close()
+                raise
             if not task.done():
                 self.pending.add(task)
             task.add_done_callback(self._made)
+        return True
 
     async def _start_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         """Do in two steps what asyncio would do in one, to know the transport below TLS."""
         raw, handshake = await self._loop.connect_accepted_socket(_Handshake, connection)
+        task = asyncio.current_task()
+        assert task is not None
+        self._handshakes[task] = raw
         try:
             raw.pause_reading()
             starting = self._loop.start_tls(raw, handshake, context, server_side=True)
@@ -201,6 +267,7 @@ class Acceptor:
 
     def _made(self, task: asyncio.Task[object]) -> None:
         self.pending.discard(task)
+        self._handshakes.pop(task, None)
         if not task.cancelled() and (exc := task.exception()) is not None:
             # A failed handshake is the client's error; anything else is an error here.
             log = logger.debug if isinstance(exc, OSError) else logger.error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import socket
 import ssl
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 from aioserve import _limits
+from aioserve._log import logger
 from aioserve._net import forks
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ _MISSING_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
-
-logger = logging.getLogger("aioserve")
 
 _HINTS = {
     errno.EACCES: "a port below 1024 requires a privilege",
@@ -182,6 +180,9 @@ async def duplicate_systemd_sockets(name: str | None, fallback: Bind | None) -> 
     from aioserve._net import systemd  # only where it is needed
 
     if descriptors := systemd.listen_fds(name):
+        for each in descriptors:
+            with suppress(OSError):  # it is not open, which the duplicate says
+                os.set_inheritable(each, False)  # they are for this process, and not for all that it starts
         return await duplicate_descriptors(descriptors)
     systemd.warn_if_for_another_process()
     named = "" if name is None else f" named {name!r}"

@@ -11,23 +11,82 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 import sys
 import termios
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
+from aioserve import _limits
 from aioserve._net import forks
 
 
 def unread_bytes(raw: Any) -> int:
     """Return how much has arrived on a connection that nobody has read yet."""
+    return _ask_kernel(raw, termios.FIONREAD)
+
+
+def unacknowledged_bytes(raw: Any) -> int:
+    """Return how much was written to a connection of which the client's kernel has not said that it has it."""
+    return _ask_kernel(raw, termios.TIOCOUTQ)
+
+
+def _ask_kernel(raw: Any, request: int) -> int:
     size = bytearray(4)  # a C int; bytes would be copied
     try:
-        fcntl.ioctl(descriptor(raw), termios.FIONREAD, size)
+        fcntl.ioctl(descriptor(raw), request, size)
     except OSError:
         return 0
     return int.from_bytes(size, sys.byteorder)
+
+
+def is_active(raw: Any) -> bool:
+    """Whether something waits in either direction, or has come a moment ago, behind the first packet."""
+    if raw.get_write_buffer_size() or unread_bytes(raw):
+        return True
+    info = tcp_info(raw)
+    if info is None:
+        return unacknowledged_bytes(raw) > 0
+    return info.unsent > 0 or (info.packets > 1 and info.since_received < _limits.ACTIVE)
+
+
+class TcpInfo(NamedTuple):
+    since_sent: float
+    """Seconds since we sent something to the client."""
+    since_received: float
+    """Seconds since the client sent something."""
+    received: int
+    """Bytes that have come."""
+    unsent: int
+    """Bytes that are not sent, since the client does not read what came before."""
+    packets: int
+    """The number of packets in which those bytes have come."""
+
+
+def tcp_info(raw: Any) -> TcpInfo | None:
+    """Return what the kernel knows of a TCP connection; `None` where it does not tell."""
+    sock = raw.get_extra_info("socket")
+    if sys.platform != "linux" or sock is None or sock.family == socket.AF_UNIX:
+        return None
+    try:  # struct tcp_info, of linux/tcp.h
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+        since_sent, since_received, received, unsent, packets = struct.unpack_from("44xI4xI72xQ8xI4xI", info)
+    except (OSError, struct.error):
+        return None
+    return TcpInfo(since_sent / 1000, since_received / 1000, received, unsent, packets)
+
+
+def queue_length(listening: socket.socket) -> int:
+    """Return how many connections wait in the queue of a listening socket; 0 where the kernel does not tell."""
+    if sys.platform != "linux" or listening.family == socket.AF_UNIX:
+        return 0
+    try:
+        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        (count,) = struct.unpack_from("24xI", info)  # tcpi_unacked
+    except (OSError, struct.error):
+        return 0
+    return int(count)
 
 
 def has_unsent(transport: Any, raw: Any) -> bool:

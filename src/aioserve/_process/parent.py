@@ -20,6 +20,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from typing import IO, Any, Unpack
 
 from aioserve import _errors, _limits
+from aioserve._log import logger
 from aioserve._net.listeners import Listener
 from aioserve._options import Options
 from aioserve._process import messages
@@ -135,7 +136,7 @@ class ChildProcess(ServerTask):
         handover = messages.Handover(
             options=self._options,
             listeners=[(each.socket.fileno(), each.lent, each.file_path, each.mode) for each in self.listeners],
-            path=[os.path.abspath(each) for each in sys.path],
+            path=[os.path.abspath(each) for each in sys.path if isinstance(each, str)],  # Python ignores any other
             parent=os.getpid(),
             stop_timeout=self._longest_stop(),
             alive_interval=self._settings.watchdog[0] if self._settings.watchdog else None,
@@ -223,8 +224,8 @@ class ChildProcess(ServerTask):
         crashed = self.started and self._asked_at is None and isinstance(self.error, _errors.ServerCrashedError)
         self.closed.set()
         self._set_ready()
-        if crashed and self.on_crash is not None:
-            self.on_crash()
+        if crashed and self.on_crash is not None and not self.on_crash():
+            logger.error("%s: %s", self.urls[0], self.error)
 
     def _set_error(self) -> None:
         code = self.process.returncode

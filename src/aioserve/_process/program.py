@@ -50,7 +50,7 @@ def run(
             except (OSError, ValueError, ServingError) as exc:
                 on_event(messages.failed(exc))
                 return GRACEFUL if isinstance(exc, StartupInterruptedError) else NOT_STARTED
-            server._engine.on_crash = lambda: None  # the event below reports it, so the engine need not log it
+            server._engine.on_crash = lambda: True  # the event below reports it, so the engine need not log it
             on_event(messages.ready(server))
 
             with contextlib.suppress(ServingError):

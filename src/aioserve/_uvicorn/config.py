@@ -172,6 +172,7 @@ def _load(config: uvicorn.Config) -> None:
     finally:
         config.proxy_headers = behind_proxies
 
+    _check_protocol(config)
     loaded = config.loaded_app
     if behind_proxies:
         config.loaded_app = _behind_proxies(loaded, config.forwarded_allow_ips)
@@ -182,3 +183,19 @@ def _load(config: uvicorn.Config) -> None:
         raise StartupError(f"cannot load {app}: its factory is a coroutine function; it must be a plain function")
     if not callable(loaded):
         raise StartupError(f"cannot load {app}: not an ASGI app: {loaded!r}")
+
+
+_KNOWN_PROTOCOLS = {each.rpartition(":")[2] for each in [*HTTP_PROTOCOLS.values(), *WS_PROTOCOLS.values()] if each}
+
+
+def _check_protocol(config: uvicorn.Config) -> None:
+    """Refuse a protocol whose connections nobody here could close in order, at the stop."""
+    for option in ("http", "ws"):
+        chosen = getattr(config, f"{option}_protocol_class")
+        names = {each.__name__ for each in getattr(chosen, "__mro__", ()) if each.__module__.startswith("uvicorn.")}
+        if chosen is not None and not names & _KNOWN_PROTOCOLS:
+            known = ", ".join(sorted(_KNOWN_PROTOCOLS))
+            raise TypeError(
+                f"{option}={chosen!r} cannot be served: aioserve has to know the protocol, to close its connections; "
+                f"derive the class from one of uvicorn's ({known})"
+            )

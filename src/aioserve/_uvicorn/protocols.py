@@ -119,11 +119,6 @@ def has_unread_body(connection: Any) -> bool:
     return connection.cycle is not None and connection.cycle.more_body
 
 
-def may_be_sending(connection: Any) -> bool:
-    """Whether a client may be sending when its connection is closed: a body, more requests, or WebSocket messages."""
-    return not is_http(connection) or has_unread_body(connection)
-
-
 def has_had_request(connection: Any) -> bool:
     """Whether the head of a first request has been read; a WebSocket began with one."""
     return not is_http(connection) or connection.cycle is not None
