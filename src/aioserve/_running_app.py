@@ -203,9 +203,12 @@ class _Call:
                 async with asyncio.timeout(None) as until_disconnected:
                     self._receiving.add(until_disconnected)
                     try:
-                        return await self._receive()  # type: ignore[no-any-return]
+                        message: Message = await self._receive()
                     finally:
                         self._receiving.discard(until_disconnected)
+                # The server's own disconnect may come first, where tasks start eagerly; it has another code.
+                if not self._disconnected or message["type"] != "websocket.disconnect":
+                    return message
             except TimeoutError:
                 if not until_disconnected.expired():
                     raise
