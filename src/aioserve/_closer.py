@@ -76,8 +76,12 @@ class Closer:
 
     def _wait_for_request(self, connection: Any, seconds: float) -> None:
         if self._graces is None:
-            self._graces = GracePeriods(on_expired=self.close_partial)
+            self._graces = GracePeriods(on_expired=self._expired)
         self._graces.begin(connection, seconds)
+
+    def _expired(self, connection: Any) -> None:
+        if not self.close_partial(connection) and self.unread(connection):
+            self._wait_for_request(connection, _limits.PARTIAL_REQUEST)  # something has just come
 
     def _state_of(self, connection: Any) -> ConnectionState:
         state = protocols.connection_state(connection)

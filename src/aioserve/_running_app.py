@@ -181,6 +181,8 @@ class _Call:
                 try:
                     if self._closing is not None:
                         await self._closing
+                    elif error is None and self._disconnected and self._is_open and is_event_stream(self.scope):
+                        await self._end_stream()
                 finally:
                     self._until_cancelled = None
                 # An app may send to a client that has gone, as with any server.
@@ -194,8 +196,6 @@ class _Call:
                 self._closing.cancel()
         if (self._disconnected or until_cancelled.expired()) and not self._answered:
             await self._refuse()
-        elif self._disconnected and self._is_open and is_event_stream(self.scope):
-            await self._send({"type": "http.response.body", "body": b""})
 
     async def receive(self) -> Message:
         if not self._disconnected:
@@ -252,6 +252,12 @@ class _Call:
     def _close(self, sending: Awaitable[None]) -> None:
         self._closing = asyncio.get_running_loop().create_task(self._send_last(sending), name="aioserve websocket")
         self.disconnect()
+
+    async def _end_stream(self) -> None:
+        try:
+            await self._send({"type": "http.response.body", "body": b""})
+        except Exception as exc:  # noqa: BLE001 (it has said how long it is, and is shorter)
+            logger.debug("a stream could not be ended: %s", describe_error(exc))
 
     def disconnect(self) -> None:
         """Let `receive()` say that the client has gone; `send()` works as before."""

@@ -20,6 +20,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from aioserve import StartupError
 from aioserve._options import Options
@@ -267,10 +269,19 @@ CHOSEN: type[asyncio.Protocol]
 def test_protocol_given_as_an_import_string_is_imported_each_time(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module can be reloaded, as in a notebook."""
     for _ in range(2):
-        chosen = type("Chosen", (asyncio.Protocol,), {})
+        chosen = type("Chosen", (H11Protocol if option == "http" else WSProtocol,), {})
         monkeypatch.setattr(f"{__name__}.CHOSEN", chosen, raising=False)
         config = by_us(without_lifespan, {option: f"{__name__}:CHOSEN"})
         assert getattr(config, f"{option}_protocol_class") is chosen
+
+
+@pytest.mark.parametrize("option", ["http", "ws"])
+def test_protocol_that_is_not_derived_from_one_of_uvicorns_is_refused(option: str) -> None:
+    """At the start, and not when it would have to be closed."""
+    with pytest.raises(
+        TypeError, match=rf"{option}=<class .*Unknown'> cannot be served: .*; derive the class from one"
+    ):
+        by_us(without_lifespan, {option: type("Unknown", (asyncio.Protocol,), {})})
 
 
 @pytest.mark.parametrize("option", ["log_level", "log_config"])
@@ -297,7 +308,7 @@ def test_logging_is_configured_each_time(option: str, tmp_path: Path) -> None:
 def test_protocol_behind_auto_is_read_each_time(patched: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some programs replace it, tests above all."""
     by_us(without_lifespan, {})
-    monkeypatch.setattr(patched, asyncio.Protocol)
+    monkeypatch.setattr(patched, type("Other", (WSProtocol if "WebSockets" in patched else H11Protocol,), {}))
     assert attributes(by_us(without_lifespan, {})) == attributes(by_uvicorn(without_lifespan, {}))
 
 

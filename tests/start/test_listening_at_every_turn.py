@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from aioserve import StartupError, _limits
+from tests.helpers import walk as walk_module
 from tests.helpers.turns import after
 from tests.helpers.walk import LIFESPAN_TURNS, WAYS, Interruption, Run, by_scope, natively, undisturbed, walk
 
@@ -24,6 +25,9 @@ pytestmark = [pytest.mark.usefixtures("short_grace"), pytest.mark.parametrize("w
 Record = Callable[[str, object], None]
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: app\r\nconnection: close\r\n\r\n"
+
+# If one of more turns is tried, none of those may be among them in which the server listens.
+FEW = 5
 
 # For so many turns, the directory of a Unix socket is locked: until after the app has started.
 LOCKED_TURNS = 2 * LIFESPAN_TURNS + 8
@@ -75,7 +79,7 @@ async def test_client_that_connects_at_any_turn_is_refused_or_answered(
     # In that order: before the server listens, while it does, and after that.
     changes = [now for before, now in zip(["", *outcomes], outcomes, strict=False) if now != before]
     assert changes == ["refused", "accepted", "refused"][: len(changes)]
-    assert "accepted" in changes
+    assert "accepted" in changes or walk_module.every > FEW
 
 
 async def test_another_server_can_begin_to_listen_at_any_turn(way: str, port: int, record_property: Record) -> None:
@@ -98,7 +102,7 @@ async def test_another_server_can_begin_to_listen_at_any_turn(way: str, port: in
             return await undisturbed(run, turn, listen, is_expected)
 
     record_property("points", await walk(partial(Run, way, port=port), compete))
-    assert set(failures) == {None, errno.EADDRINUSE}
+    assert set(failures) == {None, errno.EADDRINUSE} or walk_module.every > FEW
 
 
 async def by_closing(run: Run, turn: int) -> bool:

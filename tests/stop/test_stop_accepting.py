@@ -73,7 +73,7 @@ async def test_server_without_free_descriptors_accepts_again_later(
     monkeypatch.setattr("aioserve._net.acceptor.socket.socket", Exhausted)
     monkeypatch.setattr(_limits, "ACCEPT_RETRY", MOMENT)
     again: Callable[[], bool] = lambda: "cannot accept: Too many open files" in caplog.text  # noqa: E731
-    async with serving(App()) as server, connect(server) as client:
+    async with serving(App(), shutdown_timeout=0.5) as server, connect(server) as client:
         client.ask("/")
         while not again():
             await asyncio.sleep(0)
@@ -83,4 +83,6 @@ async def test_server_without_free_descriptors_accepts_again_later(
         async with connect(server):
             await turns()
             await server.aclose()
-    assert "cannot accept: Too many open files; the connections in the queue are lost" in caplog.text
+    assert "no descriptor is left for connections that wait" in caplog.text
+    assert server.report is not None
+    assert server.report.aborted == 1

@@ -110,6 +110,8 @@ class Acceptor:
                 retry.cancel()
             self.has_rest = True
             self.accept_rest()
+            if self.has_rest:
+                logger.error("no descriptor is left for connections that wait; they are accepted as others close")
         else:
             self.lose_rest()
 
@@ -257,6 +259,8 @@ class Acceptor:
             starting = self._loop.start_tls(raw, handshake, context, server_side=True)
             transport = await _after_first_step(starting, lambda: self._loop.call_soon(handshake.pass_on, raw))
         except BaseException:
+            if self._loop.is_closed():
+                return  # this is garbage, and asyncio has tried to call the loop
             raw.abort()
             raise
         assert transport is not None

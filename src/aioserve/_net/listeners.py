@@ -156,7 +156,8 @@ async def prepare_path(path: str, mode: int) -> list[Listener]:
     from aioserve._net import unix  # only where it is needed
 
     unix.check(path)
-    return [Listener(unix.create_socket(), path=path, mode=mode)]
+    with forks.lock:
+        return [Listener(unix.create_socket(), path=path, mode=mode)]
 
 
 async def duplicate_sockets(sockets: Sequence[socket.socket]) -> list[Listener]:
@@ -180,10 +181,10 @@ async def duplicate_systemd_sockets(name: str | None, fallback: Bind | None) -> 
     from aioserve._net import systemd  # only where it is needed
 
     if descriptors := systemd.listen_fds(name):
+        duplicates = await duplicate_descriptors(descriptors)
         for each in descriptors:
-            with suppress(OSError):  # it is not open, which the duplicate says
-                os.set_inheritable(each, False)  # they are for this process, and not for all that it starts
-        return await duplicate_descriptors(descriptors)
+            os.set_inheritable(each, False)  # they are for this process, and not for all that it starts
+        return duplicates
     systemd.warn_if_for_another_process()
     named = "" if name is None else f" named {name!r}"
     if name is not None and systemd.listen_fds():
@@ -214,7 +215,7 @@ def check_socket(sock: socket.socket, what: str) -> None:
 
 def _duplicates(originals: Iterable[tuple[str, Callable[[], socket.socket]]]) -> list[Listener]:
     listeners = []
-    with ExitStack() as undo:
+    with forks.lock, ExitStack() as undo:
         for name, duplicate in originals:
             try:
                 sock = duplicate()
@@ -265,7 +266,8 @@ def _bind_all(addresses: Iterable[_Address], port: int, *, reuse_port: bool) -> 
     listeners: list[Listener] = []
     for family, sockaddr, optional in addresses:
         try:
-            listeners.append(Listener(_bind(family, sockaddr, port, reuse_address, reuse_port)))
+            with forks.lock:  # so that no child has it before it is tracked
+                listeners.append(Listener(_bind(family, sockaddr, port, reuse_address, reuse_port)))
             port = listeners[0].port or port
         except OSError as exc:
             missing = exc

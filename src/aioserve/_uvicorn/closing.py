@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from aioserve._uvicorn.logs import pass_on_interrupts
 from aioserve._uvicorn.protocols import Observer, is_http, unanswered_cycles
 
 CLOSE = (b"connection", b"close")
@@ -11,11 +12,13 @@ CLOSE = (b"connection", b"close")
 
 def announce_close(connection: Any, observer: Observer) -> None:
     """Let every response of an HTTP connection that has not begun yet say "connection: close"."""
+    pass_on_interrupts(connection)
     if not is_http(connection) or isinstance(connection.server_state, ClosingState):
         return
     connection.server_state = state = ClosingState(connection, observer)
     for cycle in unanswered_cycles(connection):
         cycle.default_headers = state.default_headers
+        pass_on_interrupts(cycle)
 
 
 class ClosingState:

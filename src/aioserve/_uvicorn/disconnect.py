@@ -41,7 +41,7 @@ def _end_response(cycle: Any) -> None:
         cycle.send({"type": "http.response.body", "body": b"", "more_body": False}).send(None)
     except StopIteration:
         pass
-    except RuntimeError as exc:  # it has said how long it is, and is shorter
+    except Exception as exc:  # noqa: BLE001 (it has said how long it is, and is shorter: h11 raises its own)
         uvicorn_logger.debug("a stream could not be ended: %s", exc)
     finally:
         cycle.flow.write_paused = paused

@@ -21,6 +21,15 @@ _UNFINISHED = tuple(
 _EXPECTED = (asyncio.CancelledError, GeneratorExit, ClientDisconnected)
 
 
+def pass_on_interrupts(handled: Any) -> None:
+    """
+    Let a `KeyboardInterrupt` that is raised in a handler, as by a second Ctrl+C, leave its task and the loop.
+
+    uvicorn catches it, and logs it as an exception of the app's.
+    """
+    _replace_logger(handled, _interruptible_logger)
+
+
 def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | None = None) -> None:
     """
     Keep uvicorn from logging errors that the stop causes.
@@ -29,32 +38,51 @@ def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | 
     refused, and a response that is left unfinished after a disconnect. One line of ours says what was forced.
     `on_unfinished` is called where a handler has left its response unfinished.
     """
+    _replace_logger(
+        handled, _quiet_logger if on_unfinished is None else lambda logger: _QuietLogger(logger, on_unfinished)
+    )
+
+
+def _replace_logger(handled: Any, make: Callable[[logging.Logger], _InterruptibleLogger]) -> None:
     has_logger = handled
     if isinstance(getattr(handled, "logger", None), logging.LoggerAdapter):  # the legacy WebSocket protocol's own
         has_logger = handled.logger
     logger = getattr(has_logger, "logger", None)
     if isinstance(logger, logging.Logger) and not isinstance(logger, _QuietLogger):
-        has_logger.logger = _quiet_logger(logger) if on_unfinished is None else _QuietLogger(logger, on_unfinished)
+        has_logger.logger = make(logger.replaced if isinstance(logger, _InterruptibleLogger) else logger)
 
 
-class _QuietLogger(logging.Logger):
-    def __init__(self, logger: logging.Logger, on_unfinished: Callable[[], object] = lambda: None) -> None:
-        super().__init__(logger.name)
-        self._logger = logger
-        self._on_unfinished = on_unfinished
+class _InterruptibleLogger(logging.Logger):
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.name, logger.level)
+        self.replaced = logger
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (logging's own)
-        return self._logger.isEnabledFor(level)
+        return self.replaced.isEnabledFor(level)
+
+    def error(self, msg: object, *args: object, **kwargs: Any) -> None:
+        if isinstance(exc := kwargs.get("exc_info"), KeyboardInterrupt):
+            raise exc
+        super().error(msg, *args, **{"stacklevel": 2, **kwargs})
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.replaced.handle(record)
+
+
+class _QuietLogger(_InterruptibleLogger):
+    def __init__(self, logger: logging.Logger, on_unfinished: Callable[[], object] = lambda: None) -> None:
+        super().__init__(logger)
+        self._on_unfinished = on_unfinished
 
     def error(self, msg: object, *args: object, **kwargs: Any) -> None:
         if msg in _UNFINISHED:
             self._on_unfinished()
         else:
-            super().error(msg, *args, **{"stacklevel": 2, **kwargs})
+            super().error(msg, *args, **{"stacklevel": 3, **kwargs})
 
     def handle(self, record: logging.LogRecord) -> None:
         if record.exc_info is None or not _is_expected(record.exc_info[1]):
-            self._logger.handle(record)
+            super().handle(record)
 
 
 def _is_expected(exc: BaseException | None) -> bool:
@@ -63,6 +91,7 @@ def _is_expected(exc: BaseException | None) -> bool:
     return isinstance(exc, _EXPECTED)
 
 
+_interruptible_logger = functools.cache(_InterruptibleLogger)
 _quiet_logger = functools.cache(_QuietLogger)
 
 

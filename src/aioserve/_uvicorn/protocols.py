@@ -101,8 +101,12 @@ def is_being_refused(connection: Any) -> bool:
 
 
 def unanswered_cycles(connection: Any) -> list[Any]:
-    """The cycles whose response is not complete: the current one, and with httptools those that wait behind it."""
-    cycles = [getattr(connection, "cycle", None), *(cycle for cycle, _app in getattr(connection, "pipeline", ()))]
+    """The cycles whose response is not complete: the current one, and with httptools those before and behind it."""
+    cycles = [getattr(connection, "cycle", None)]
+    if getattr(connection, "pipeline", ()):  # the current one is the last of it, and the first one is running
+        running = [unanswered_cycle_of(task) for task in connection.tasks]
+        cycles += [each for each in running if each is not None and each.transport is connection.transport]
+        cycles += [cycle for cycle, _app in connection.pipeline]
     return [cycle for cycle in cycles if cycle is not None and not cycle.response_complete]
 
 
@@ -166,8 +170,9 @@ def _awaited_run_asgi(outermost: Any) -> FrameType | None:
         if frame is not None:
             if frame.f_code.co_name == "run_asgi":
                 return frame
-            found = [awaited_by(coroutine), *coroutines_held_by(frame)]
-            coroutines += found[: _limits.WRAPPING_COROUTINES - len(coroutines)]
+            for found in (awaited_by(coroutine), *coroutines_held_by(frame)):
+                if not any(found is each for each in coroutines) and len(coroutines) < _limits.WRAPPING_COROUTINES:
+                    coroutines.append(found)
     return None
 
 
