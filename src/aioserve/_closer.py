@@ -17,6 +17,7 @@ from aioserve._net.acceptor import Acceptor
 from aioserve._net.linger import LingeringSockets
 from aioserve._net.transports import hang_up, is_active, tcp_info, unread_bytes
 from aioserve._uvicorn import protocols
+from aioserve._uvicorn.closing import has_answered_since
 from aioserve._uvicorn.disconnect import refuse
 from aioserve._uvicorn.protocols import ConnectionState
 
@@ -25,21 +26,19 @@ class Closer:
     """Closes the connections of one server."""
 
     _graces: GracePeriods | None = None
-    _lingering: LingeringSockets | None = None
+    lingering: LingeringSockets | None = None
+    """The sockets of connections that are closed, and whose clients may still be sending."""
+    _active: frozenset[Any] = frozenset()  # WebSockets on which something was on its way when they were closed
     _is_dropping: bool = False  # whatever is left is dropped
 
     def __init__(self, acceptor: Acceptor, *, has_tls: bool, on_change: Callable[[], None]) -> None:
         self._acceptor = acceptor
         self._has_tls = has_tls
         self._on_change = on_change
-        self._active: set[Any] = set()  # WebSockets on which something was on its way when they were closed
 
     def unread(self, connection: Any) -> int:
         """Return how many bytes have arrived and are not read yet; with TLS, encrypted ones."""
         return unread_bytes(self._acceptor.raw_transport(connection.transport))
-
-    def is_lingering(self) -> bool:
-        return bool(self._lingering)
 
     def close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> ConnectionState | None:
         """
@@ -54,7 +53,7 @@ class Closer:
                 return state
             if state == "idle":
                 if not protocols.is_http(connection) and is_active(self._acceptor.raw_transport(connection.transport)):
-                    self._active.add(connection)
+                    self._active |= {connection}
                 protocols.close_gracefully(connection)
             elif state == "opening":
                 refuse(connection)
@@ -111,32 +110,33 @@ class Closer:
             hang_up(raw)
             return
         self._linger(raw)
-        self._shut_down(raw)
+        if self.lingering is not None:
+            self.lingering.shut_down(raw)
         raw.abort()
 
     def _may_be_sending(self, connection: Any) -> bool:
-        has_more = protocols.is_http(connection) and protocols.has_unread_body(connection)
-        return has_more or connection in self._active or self.unread(connection) > 0
+        if not protocols.is_http(connection):
+            return connection in self._active
+        return protocols.has_unread_body(connection) or self.unread(connection) > 0
 
     def _linger(self, raw: Any) -> None:
         if not self._is_dropping:
-            if self._lingering is None:
-                self._lingering = LingeringSockets(on_end=self._on_change)
-            self._lingering.begin(raw)
-
-    def _shut_down(self, raw: Any) -> None:
-        if self._lingering is not None:
-            self._lingering.shut_down(raw)
+            if self.lingering is None:
+                self.lingering = LingeringSockets(on_end=self._on_change)
+            self.lingering.begin(raw)
 
     def removed(self, connection: Any) -> None:
         """A connection is lost: all is written that was to be written, and its socket is still open, but for TLS."""
         if self._graces is not None:
             self._graces.end(connection)
         if not self._has_tls:
-            if self._may_be_sending(connection):
-                self._linger(connection.transport)
-            self._shut_down(connection.transport)
-        self._active.discard(connection)
+            # One that was idle is not asked, since it is of no use to the client, and a stop may have thousands.
+            if not protocols.is_http(connection) or has_answered_since(connection):
+                self.see_off(connection)
+            if self.lingering is not None:
+                self.lingering.shut_down(connection.transport)
+        if connection in self._active:
+            self._active -= {connection}
 
     def abort(self, connection: Any) -> None:
         # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
@@ -145,11 +145,12 @@ class Closer:
     def drop(self) -> None:
         """Linger no longer, and on no more connections."""
         self._is_dropping = True
-        if self._lingering is not None:
-            self._lingering.close()
+        if self.lingering is not None:
+            self.lingering.close()
 
     def close(self) -> None:
-        self.drop()
+        if self.lingering is not None:
+            self.drop()
         if self._graces is not None:
             self._graces.close()
             self._graces = None  # so that no cycle is left to the garbage collector

@@ -25,7 +25,7 @@ from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
-from aioserve._uvicorn.logs import silence_expected_errors
+from aioserve._uvicorn.logs import pass_on_interrupts, silence_expected_errors
 from aioserve._uvicorn.state import TrackedState, create_state
 from aioserve._waiting import Condition, after_turns, let_die_quietly
 
@@ -36,7 +36,7 @@ class Connections:
     _announced: bool = False  # responses say "connection: close"
     _closing: bool = False  # connections close as soon as they can
     _disconnecting: bool = False  # handlers are told that their client has gone
-    _pending_timer: asyncio.TimerHandle | None = None
+    _handshake_timer: asyncio.TimerHandle | None = None
     _watch_is_due: bool = False
 
     def __init__(
@@ -77,8 +77,7 @@ class Connections:
         return connection.transport.is_closing() or (is_handled and is_read)
 
     def is_finished(self) -> bool:
-        are_closed = not (self.state.connections or self._closer.is_lingering())
-        return are_closed and not (self.acceptor.pending or self.acceptor.has_rest or self.handlers())
+        return not self.state.connections and not self._closer.lingering and self._is_idle()
 
     def handlers(self) -> set[asyncio.Task[Any]]:
         return self.state.tasks | self._background
@@ -86,7 +85,11 @@ class Connections:
     def needs_no_app(self) -> bool:
         """Whether no handler is left, and every connection is closing."""
         are_closing = not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
-        return are_closing and not (self.acceptor.pending or self.acceptor.has_rest or self.handlers())
+        return are_closing and self._is_idle()
+
+    def _is_idle(self) -> bool:
+        is_accepting = self.acceptor.pending or self.acceptor.has_rest
+        return not (is_accepting or self.state.tasks or self._background)
 
     def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
         return [(task, unfinished_handler(protocols.scope_of(task), task)) for task in self.state.tasks]
@@ -127,15 +130,24 @@ class Connections:
         still come is given some time for that, as is a TLS handshake.
         """
         self._closing = True
-        self._look_at_handshakes()
+        self._watch_handshakes()
         self._watch_handlers()
         for connection in list(self.state.connections):
             self._close_if_unneeded(connection)
 
+    def _watch_handshakes(self) -> None:
+        if self.acceptor.pending and self._handshake_timer is None:
+            self._handshake_timer = self._loop.call_later(_limits.TLS_HANDSHAKE, self._look_at_handshakes)
+
     def _look_at_handshakes(self) -> None:
+        self._handshake_timer = None
         if self.acceptor.pending:
             left = self.acceptor.drop_silent(_limits.TLS_HANDSHAKE)
-            self._pending_timer = self._loop.call_later(left, self._look_at_handshakes)
+            self._handshake_timer = self._loop.call_later(left, self._look_at_handshakes)
+
+    def _accept_rest(self) -> None:
+        self.acceptor.accept_rest()
+        self._watch_handshakes()
 
     def _close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> None:
         if connection in self.state.connections:
@@ -162,6 +174,7 @@ class Connections:
             disconnect_websocket(connection)
 
     def _disconnect_cycle(self, cycle: Any) -> None:
+        pass_on_interrupts(cycle)
         is_stream = cycle.response_started and is_event_stream(cycle.scope)
         if self._disconnecting or is_stream:
             disconnect(cycle, self._closer.unread, end_response=is_stream)
@@ -182,12 +195,11 @@ class Connections:
 
     def close(self) -> None:
         self.acceptor.close()
-        self.acceptor.lose_rest()
         for connection in list(self.state.connections) if self._has_tls else ():
             self.acceptor.forget(connection.transport)
         self._closer.close()
-        if self._pending_timer is not None:
-            self._pending_timer.cancel()
+        if self._handshake_timer is not None:
+            self._handshake_timer.cancel()
         self.state.close()
 
     # What uvicorn's protocols tell.
@@ -213,7 +225,7 @@ class Connections:
         if self._announced:
             self._closer.removed(connection)
             if self.acceptor.has_rest:
-                self._loop.call_soon(self.acceptor.accept_rest)  # when its descriptor is free
+                self._loop.call_soon(self._accept_rest)  # when its descriptor is free
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:

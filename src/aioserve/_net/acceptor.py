@@ -27,7 +27,7 @@ from aioserve._errors import describe_error
 from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import FlushWatch, has_unsent, queue_length, tcp_info, unread_bytes
+from aioserve._net.transports import FlushWatch, has_unsent, idle_time, queue_length
 from aioserve._waiting import start_task
 
 T = TypeVar("T")
@@ -43,6 +43,12 @@ class Acceptor:
     In `uvicorn.Server.servers` it takes the place of an `asyncio.Server`.
     """
 
+    has_rest: bool = False
+    """Whether connections wait in the queues of sockets that are about to close."""
+    _reserve: int | None = None  # a descriptor to be closed when there is no other one for a connection
+    _is_used: bool = False
+    _first_look: float | None = None  # when `drop_silent()` was called first
+
     def __init__(
         self,
         listeners: Sequence[Listener],
@@ -55,8 +61,6 @@ class Acceptor:
         self.sockets: tuple[socket.socket, ...] = tuple(listener.socket for listener in listeners)
         self.pending: set[asyncio.Task[object]] = set()
         """The connections that are accepted and not made yet: with TLS, those in their handshake."""
-        self.has_rest: bool = False
-        """Whether connections wait in the queues of sockets that are about to close."""
 
         self._listeners = list(listeners)
         self._raw_transports: dict[asyncio.BaseTransport, asyncio.Transport] = {}
@@ -68,8 +72,6 @@ class Acceptor:
         self._on_change = on_change
         self._serving = False
         self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
-        self._reserve: int | None = None  # a descriptor to be closed when there is no other one for a connection
-        self._closed_at = 0.0
         self._handshakes: dict[asyncio.Task[Any], asyncio.Transport] = {}
         self._context: contextvars.Context
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
@@ -98,13 +100,14 @@ class Acceptor:
         The queue of a lent socket is left to the socket's next user. Where no descriptor is left, `has_rest` is true,
         and `accept_rest()` tries again.
         """
-        was_serving, self._serving = self.is_serving(), False
-        if was_serving:
-            self._closed_at = self._loop.time()
+        was_serving, self._serving = self._serving, False
+        if was_serving and not self._loop.is_closed():
+            # Not in a fork of the process in which it has accepted something.
+            self._is_used = self._accepted_in is not None and self._accepted_in == os.getpid()
             for listener in self._listeners:
                 self._loop.remove_reader(listener.socket.fileno())
                 listener.remove_file()
-                if not listener.lent and self._accepted_in == os.getpid():
+                if self._is_used and not listener.lent:
                     _drop_new_connections(listener.socket)
             for retry in self._retries.values():
                 retry.cancel()
@@ -121,36 +124,34 @@ class Acceptor:
             listeners, self._listeners = self._listeners, []
             for listener in listeners:
                 sock = listener.socket
-                can_accept = not listener.lent and self._loop.is_running() and _is_readable(sock)
+                can_accept = not listener.lent and _is_readable(sock) and self._loop.is_running()
                 if can_accept and not self._context.run(self._accept, sock):
                     self._listeners.append(listener)
                     continue
-                if not listener.lent and self._accepted_in == os.getpid():
+                if self._is_used and not listener.lent:
                     with suppress(OSError):
                         # Also for the copies in other processes: C code can fork without Python's knowledge.
                         sock.shutdown(socket.SHUT_RDWR)
                 listener.close()
             self.has_rest = bool(self._listeners)
-            if not self.has_rest:
+            if self._reserve is not None and not self.has_rest:
                 self._release_reserve()
 
     def lose_rest(self) -> int:
         """Close all sockets, and return how many connections in their queues are lost for want of a descriptor."""
         lost = sum(queue_length(listener.socket) for listener in self._listeners) if self.has_rest else 0
         self.has_rest = False
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []
+        while self._listeners:
+            self._listeners.pop().close()
         self._release_reserve()
         return lost
 
     def _release_reserve(self) -> bool:
         """Close the descriptor that is kept so that one connection at a time can be accepted when no other is left."""
         reserve, self._reserve = self._reserve, None
-        if reserve is None:
-            return False
-        os.close(reserve)
-        return True
+        if reserve is not None:
+            os.close(reserve)
+        return reserve is not None
 
     async def wait_closed(self) -> None:
         """Return at once: `close()` leaves nothing to wait for."""
@@ -163,15 +164,14 @@ class Acceptor:
 
     def drop_silent(self, seconds: float) -> float:
         """Drop TLS handshakes that have not moved for so long, and return when to look at the others again."""
+        if self._first_look is None:
+            self._first_look = self._loop.time() - seconds
         left = seconds
         for task, raw in list(self._handshakes.items()):
-            if not unread_bytes(raw):
-                info = tcp_info(raw)
-                since_closed = self._loop.time() - self._closed_at
-                idle = since_closed if info is None else min(info.since_sent, info.since_received)
-                if idle >= seconds:
-                    task.cancel()
-                left = min(left, max(seconds - idle, _limits.SHORTEST_LOOK))
+            idle = idle_time(raw, unknown=self._loop.time() - self._first_look)
+            if idle >= seconds:
+                task.cancel()
+            left = min(left, max(seconds - idle, _limits.SHORTEST_LOOK))
         return left
 
     def raw_transport(self, transport: Any) -> Any:

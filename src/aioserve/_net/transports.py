@@ -77,6 +77,14 @@ def tcp_info(raw: Any) -> TcpInfo | None:
     return TcpInfo(since_sent / 1000, since_received / 1000, received, unsent, packets)
 
 
+def idle_time(raw: Any, *, unknown: float) -> float:
+    """Return for how many seconds nothing has come or gone; the given number where the kernel does not tell."""
+    if unread_bytes(raw):
+        return 0.0
+    info = tcp_info(raw)
+    return unknown if info is None else min(info.since_sent, info.since_received)
+
+
 def queue_length(listening: socket.socket) -> int:
     """Return how many connections wait in the queue of a listening socket; 0 where the kernel does not tell."""
     if sys.platform != "linux" or listening.family == socket.AF_UNIX:

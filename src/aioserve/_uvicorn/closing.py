@@ -12,13 +12,20 @@ CLOSE = (b"connection", b"close")
 
 def announce_close(connection: Any, observer: Observer) -> None:
     """Let every response of an HTTP connection that has not begun yet say "connection: close"."""
-    pass_on_interrupts(connection)
-    if not is_http(connection) or isinstance(connection.server_state, ClosingState):
+    if not is_http(connection):
+        pass_on_interrupts(connection)
+        return
+    if isinstance(connection.server_state, ClosingState):
         return
     connection.server_state = state = ClosingState(connection, observer)
     for cycle in unanswered_cycles(connection):
         cycle.default_headers = state.default_headers
         pass_on_interrupts(cycle)
+
+
+def has_answered_since(connection: Any) -> bool:
+    """Whether an HTTP connection has had a request in flight since its close was announced."""
+    return connection.cycle is not None and isinstance(connection.cycle.default_headers, ClosingHeaders)
 
 
 class ClosingState:
