@@ -9,11 +9,15 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from aioserve import StartupError, serving, start
+from aioserve import StartupError, serving, serving_process, start
+from tests.helpers.clients import get
 
 LOAD = Path(__file__).parent / "load.py"
 
@@ -45,30 +49,66 @@ class Counting:
             self.enough.set()
 
 
-async def restart_under_load(*, restarts: int, clients: int, kind: str, **options: Any) -> dict[str, int]:
+@asynccontextmanager
+async def load(address: object, clients: int, kind: str, certificate: str | None) -> AsyncIterator[dict[str, int]]:
+    """Let clients in another process send requests during the block; afterwards, what is yielded has their counts."""
+    command = [sys.executable, str(LOAD), str(address), str(clients), kind, *([certificate] if certificate else [])]
+    counts: dict[str, int] = {}
+    with (
+        ThreadPoolExecutor(1) as executor,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,  # noqa: ASYNC220, S603
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield counts
+        process.stdin.close()
+        counts.update(json.loads(await asyncio.get_running_loop().run_in_executor(executor, process.stdout.read)))
+    assert process.returncode == 0
+
+
+async def restart_under_load(
+    *, restarts: int, clients: int, kind: str, where: str = "lent", certificate: str | None = None, **options: Any
+) -> dict[str, int]:
     """
     Restart the server, each time after two answers for each client, on average; return what the clients counted.
+
+    It is on a socket that outlives it ("lent"), on a port, or at the path of a Unix socket.
     """
     app = Counting()
-    with socket.socket() as lent:
+    with socket.socket() as lent, TemporaryDirectory() as directory:
         lent.bind(("127.0.0.1", 0))
-        lent.listen(2048)
-        command = [sys.executable, str(LOAD), str(lent.getsockname()[1]), str(clients), kind]
-        with (
-            ThreadPoolExecutor(1) as executor,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load,  # noqa: ASYNC220, S603
-        ):
-            assert load.stdin is not None
-            assert load.stdout is not None
+        port = lent.getsockname()[1]
+        if where == "lent":
+            lent.listen(2048)
+            options, address = {"sockets": [lent], **options}, port
+        elif where == "port":
+            lent.close()
+            options, address = {"port": port, **options}, port
+        else:
+            address = f"{directory}/app.sock"
+            options = {"uds": address, **options}
+        async with load(address, clients, kind, certificate) as counts:
             for _ in range(restarts):
-                async with serving(app, sockets=[lent], **options):
+                async with serving(app, **options):
                     await app.answers(2 * clients)
-            async with serving(app, sockets=[lent]):
-                load.stdin.close()
-                counted = await asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
-        assert load.returncode == 0
-    result: dict[str, int] = json.loads(counted)
-    return result
+            last = await start(app, **options)
+        await last.aclose()
+    return counts
+
+
+async def restart_child_under_load(*, restarts: int, clients: int, kind: str) -> dict[str, int]:
+    """Restart a child process, each time after some answers."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    async with load(port, clients, kind, None) as counts:
+        for _ in range(restarts):
+            async with serving_process("tests.helpers.apps:factory", factory=True, port=port) as server:
+                for _ in range(clients):
+                    await get(server)
+        last = await start(Counting(), port=port)
+    await last.aclose()
+    return counts
 
 
 class Slow(Counting):
@@ -88,20 +128,16 @@ class Slow(Counting):
         await super().__call__(scope, receive, send)
 
 
-async def roll_under_load(*, restarts: int, clients: int, **options: Any) -> dict[str, int]:
+async def roll_under_load(
+    *, restarts: int, clients: int, kind: str = "fresh", certificate: str | None = None, **options: Any
+) -> dict[str, int]:
     """
     Replace the server by a new one on the same port, each time when the new one has started; every fifth one fails.
     """
     app = Counting()
     server = await start(app, reuse_port=True, **options)
     assert server.port is not None
-    command = [sys.executable, str(LOAD), str(server.port), str(clients), "fresh"]
-    with (
-        ThreadPoolExecutor(1) as executor,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as load,  # noqa: ASYNC220, S603
-    ):
-        assert load.stdin is not None
-        assert load.stdout is not None
+    async with load(server.port, clients, kind, certificate) as counts:
         for number in range(restarts):
             new = Slow(app, clients, fails=number % 5 == 4)
             try:
@@ -112,9 +148,5 @@ async def roll_under_load(*, restarts: int, clients: int, **options: Any) -> dic
             await server.aclose()
             app, server = new, following
             await app.answers(clients)
-        load.stdin.close()
-        counted = await asyncio.get_running_loop().run_in_executor(executor, load.stdout.read)
     await server.aclose()
-    assert load.returncode == 0
-    result: dict[str, int] = json.loads(counted)
-    return result
+    return counts

@@ -278,9 +278,7 @@ def test_protocol_given_as_an_import_string_is_imported_each_time(option: str, m
 @pytest.mark.parametrize("option", ["http", "ws"])
 def test_protocol_that_is_not_derived_from_one_of_uvicorns_is_refused(option: str) -> None:
     """At the start, and not when it would have to be closed."""
-    with pytest.raises(
-        TypeError, match=rf"{option}=<class .*Unknown.> cannot be served: .*; derive the class"
-    ):
+    with pytest.raises(TypeError, match=rf"{option}=<class .*Unknown.> cannot be served: .*; derive the class"):
         by_us(without_lifespan, {option: type("Unknown", (asyncio.Protocol,), {})})
 
 

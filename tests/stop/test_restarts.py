@@ -4,26 +4,43 @@ Restarts under load from clients in another process. `benchmarks/restarts.py` an
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import trustme
 
 from tests.helpers.processes import linux_only
-from tests.helpers.restarting import restart_under_load, roll_under_load
+from tests.helpers.restarting import restart_child_under_load, restart_under_load, roll_under_load
 
 RESTARTS = 10
 CLIENTS = 20
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("fresh", {}), ("kept-alive", {"drain_delay": 0.2})],
-    ids=["a connection for each request", "kept alive, with a drain"],
-)
-async def test_restarts_under_load_lose_no_request(kind: str, options: dict[str, float]) -> None:
-    """
-    Requests that have arrived are answered, others wait for the next server, and kept-alive clients see the stop in
-    time.
-    """
-    counts = await restart_under_load(restarts=RESTARTS, clients=CLIENTS, kind=kind, **options)
+@pytest.mark.parametrize("kind", ["fresh", "blocking"])
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("where", ["lent", "port", "path"])
+async def test_restarts_under_load_lose_no_request(
+    where: str, encrypted: bool, kind: str, tls_options: dict[str, Any], tmp_path: Path, authority: trustme.CA
+) -> None:
+    """Requests that have arrived are answered; others are refused, or wait for the next server on a lent socket."""
+    certificate = str(tmp_path / "authority.pem")
+    authority.cert_pem.write_to_path(certificate)
+    options: dict[str, Any] = {"certificate": certificate, **tls_options} if encrypted else {}
+    counts = await restart_under_load(restarts=RESTARTS, clients=CLIENTS, kind=kind, where=where, **options)
+    assert counts["answered"] >= 2 * CLIENTS * RESTARTS
+    assert (counts["unanswered"], counts["broken"], counts["stalled"]) == (0, 0, 0)
+    assert counts["refused"] == 0 or where != "lent"
+
+
+async def test_restarts_of_a_child_process_under_load_lose_no_request() -> None:
+    counts = await restart_child_under_load(restarts=3, clients=CLIENTS, kind="blocking")
+    assert counts["answered"] >= CLIENTS
+    assert (counts["unanswered"], counts["broken"], counts["stalled"]) == (0, 0, 0)
+
+
+async def test_kept_alive_clients_see_a_stop_with_a_drain_in_time() -> None:
+    counts = await restart_under_load(restarts=RESTARTS, clients=CLIENTS, kind="kept-alive", drain_delay=0.2)
     assert counts["answered"] >= 2 * CLIENTS * RESTARTS
     assert (counts["unanswered"], counts["broken"]) == (0, 0)
 
