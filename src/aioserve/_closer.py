@@ -8,7 +8,6 @@ arrived and is still unread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from aioserve import _limits
@@ -94,25 +93,32 @@ class Closer:
 
     # The end of a connection that is closing.
 
+    def progress_made(self, connection: Any) -> None:
+        if connection.transport.is_closing():
+            self.see_off(connection)  # before its loop reads more
+        elif self._has_tls and protocols.has_unread_body(connection):
+            # asyncio's TLS cannot close in front of something that it holds back.
+            connection.flow.resume_reading()
+
     def see_off(self, connection: Any) -> None:
         """See to it that a closing connection ends: with TLS, without its client's help; and without a reset."""
         transport = connection.transport
         if not transport.is_closing():
             return
+        raw = self._acceptor.raw_transport(transport)
+        if self._may_be_sending(connection):
+            if self._has_tls:
+                raw.pause_reading()  # asyncio's TLS fails if data comes behind its close_notify, and drops what it has
+            self._linger(raw)
         if self._has_tls:
-            self._acceptor.when_flushed(transport, partial(self._hang_up, connection))
-        elif self._may_be_sending(connection):
-            self._linger(transport)
+            self._acceptor.when_flushed(transport, self._hang_up)
 
-    def _hang_up(self, connection: Any, raw: Any) -> None:
+    def _hang_up(self, raw: Any) -> None:
         """End a TLS connection whose data is sent; do not wait for the client's close_notify."""
-        if not self._may_be_sending(connection):
+        if self.lingering is not None and raw in self.lingering:
+            raw.abort()
+        else:
             hang_up(raw)
-            return
-        self._linger(raw)
-        if self.lingering is not None:
-            self.lingering.shut_down(raw)
-        raw.abort()
 
     def _may_be_sending(self, connection: Any) -> bool:
         if not protocols.is_http(connection):
@@ -126,15 +132,14 @@ class Closer:
             self.lingering.begin(raw)
 
     def removed(self, connection: Any) -> None:
-        """A connection is lost: all is written that was to be written, and its socket is still open, but for TLS."""
+        """A connection is lost: all is written that was to be written; its socket is still open, but not with TLS."""
         if self._graces is not None:
             self._graces.end(connection)
-        if not self._has_tls:
-            # One that was idle is not asked, since it is of no use to the client, and a stop may have thousands.
-            if not protocols.is_http(connection) or has_answered_since(connection):
-                self.see_off(connection)
-            if self.lingering is not None:
-                self.lingering.shut_down(connection.transport)
+        # One that was idle is not asked, since it is of no use to the client, and a stop may have thousands.
+        if not self._has_tls and (not protocols.is_http(connection) or has_answered_since(connection)):
+            self.see_off(connection)
+        if self.lingering is not None:
+            self.lingering.shut_down(self._acceptor.raw_transport(connection.transport))
         if connection in self._active:
             self._active -= {connection}
 

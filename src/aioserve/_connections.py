@@ -234,6 +234,7 @@ class Connections:
 
     def progress_made(self, connection: Any) -> None:
         """A request has come, or its response begins or is complete, after the stop was asked for."""
+        self._closer.progress_made(connection)
         if self._closing:
             self._loop.call_soon(self._close_if_unneeded, connection)  # once it is done with that
             self._watch_handlers_soon()

@@ -16,8 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
+
 from aioserve import StartupError, serving, serving_process, start
-from tests.helpers.clients import get
 
 LOAD = Path(__file__).parent / "load.py"
 
@@ -104,8 +105,9 @@ async def restart_child_under_load(*, restarts: int, clients: int, kind: str) ->
     async with load(port, clients, kind, None) as counts:
         for _ in range(restarts):
             async with serving_process("tests.helpers.apps:factory", factory=True, port=port) as server:
-                for _ in range(clients):
-                    await get(server)
+                async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+                    for _ in range(clients):
+                        await client.get("/")
         last = await start(Counting(), port=port)
     await last.aclose()
     return counts

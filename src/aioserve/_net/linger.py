@@ -31,20 +31,19 @@ class LingeringSockets:
     def __len__(self) -> int:
         return len(self._sockets)
 
+    def __contains__(self, raw: object) -> bool:
+        return raw in self._sockets
+
     def begin(self, raw: Any) -> None:
-        """Throw away what comes on a raw transport, which does not read any more."""
-        if raw in self._sockets:
-            return
-        try:
-            lingering = _LingeringSocket(descriptor(raw), lambda: self._end(raw))
-        except OSError as exc:
-            logger.debug("cannot linger on a connection: %s", exc)  # it is gone, or no descriptor is left
-        else:
-            self._sockets[raw] = lingering
-            lingering.read()
+        """Keep the socket of a raw transport open, which does not read any more, and throw away what comes."""
+        if raw not in self._sockets:
+            try:
+                self._sockets[raw] = _LingeringSocket(descriptor(raw), lambda: self._end(raw))
+            except OSError as exc:
+                logger.debug("cannot linger on a connection: %s", exc)  # it is gone, or no descriptor is left
 
     def shut_down(self, raw: Any) -> None:
-        """Shut down our side, since all is written that was to be written."""
+        """Shut down our side, since all is written that was to be written; from here on, it is limited in time."""
         if raw in self._sockets:
             self._sockets[raw].shut_down()
 
@@ -59,14 +58,14 @@ class LingeringSockets:
 
 
 class _LingeringSocket:
+    _timer: asyncio.TimerHandle | None = None
+
     def __init__(self, number: int, on_end: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         with forks.lock:
             self._socket = socket.socket(fileno=os.dup(number))
             forks.track(self._socket)
-        self._began = self._last_read = self._loop.time()
-        self._timer = self._loop.call_later(_limits.LINGER, self._look)
         self._loop.add_reader(self._socket.fileno(), self.read)
 
     def read(self) -> None:
@@ -83,6 +82,10 @@ class _LingeringSocket:
             self._on_end()  # the client has reset it
 
     def shut_down(self) -> None:
+        if self._timer is not None:
+            return
+        self._began = self._last_read = self._loop.time()
+        self._timer = self._loop.call_later(min(_limits.LINGER, _limits.LINGER_LONGEST), self._look)
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -97,7 +100,8 @@ class _LingeringSocket:
             self._timer = self._loop.call_at(until, self._look)
 
     def close(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.remove_reader(self._socket.fileno())
         with forks.lock:
             self._socket.close()
