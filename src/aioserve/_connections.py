@@ -25,6 +25,7 @@ from aioserve._net.transports import drop, hang_up, unread_bytes
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
+from aioserve._uvicorn.config import name_server
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket, refuse
 from aioserve._uvicorn.logs import silence_expected_errors
 from aioserve._uvicorn.protocols import ConnectionState
@@ -55,7 +56,7 @@ class Connections:
         self.state: TrackedState = create_state(config, self, on_limit)
         self.acceptor: Acceptor = Acceptor(
             listeners,
-            functools.partial(protocols.create_protocol, config, self.state, lifespan, access_log),
+            functools.partial(protocols.create_protocol, _named(config, listeners), self.state, lifespan, access_log),
             ssl=config.ssl,
             backlog=config.backlog,
             on_change=condition.notify,
@@ -281,6 +282,12 @@ class Connections:
             for connection in list(self.state.connections):
                 self.acceptor.hang_up_when_flushed(connection.transport)
         self._condition.notify()
+
+
+def _named(config: uvicorn.Config, listeners: Sequence[Listener]) -> uvicorn.Config:
+    """Return a Config whose app is told the path of a Unix socket; the socket was bound by another name."""
+    path = listeners[0].path if listeners[0].file_path is not None else None
+    return name_server(config, path) if isinstance(path, str) else config
 
 
 def abandon(connections: Connections) -> None:

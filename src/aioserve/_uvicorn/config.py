@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -182,3 +183,16 @@ def _load(config: uvicorn.Config) -> None:
         raise StartupError(f"cannot load {app}: its factory is a coroutine function; it must be a plain function")
     if not callable(loaded):
         raise StartupError(f"cannot load {app}: not an ASGI app: {loaded!r}")
+
+
+def name_server(config: uvicorn.Config, path: str) -> uvicorn.Config:
+    """Return a copy of a loaded Config, whose app finds the path of a Unix socket in `scope["server"]`."""
+    app: Any = config.loaded_app
+
+    def named(scope: Scope, receive: object, send: object) -> Any:
+        scope["server"] = (path, None)
+        return app(scope, receive, send)
+
+    config = copy.copy(config)
+    config.loaded_app = named
+    return config
