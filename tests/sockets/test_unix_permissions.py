@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,49 +123,58 @@ async def test_private_directory_that_another_program_replaces_is_not_used(
 
 ATTACKER = """
 import os, sys
+from contextlib import suppress
 directory, victim = sys.argv[1:]
-print("ready", flush=True)
 path = os.path.join(directory, "app.sock")
+print("ready", flush=True)
 while os.getppid() == int(os.environ["STARTER"]):
-    for act in (lambda: os.unlink(path), lambda: os.link(victim, path)):
-        try:
-            act()
-        except OSError:
-            pass
     for name in os.listdir(directory):
-        if name.startswith("."):
-            private = os.path.join(directory, name)
-            try:
+        with suppress(OSError):
+            if name == "app.sock":  # a socket that has just appeared
+                os.unlink(path)
+                os.link(victim, path)
+                for _ in range(50):
+                    os.stat(path)  # long enough for a chmod()
+                os.unlink(path)
+            elif name.startswith(".") and int(name[1:], 16) % 2:  # leaves half of the starts alone until then
+                private = os.path.join(directory, name)
                 os.rename(private, os.path.join(directory, "moved" + name))
                 os.mkdir(private)
                 os.chmod(private, 0o777)
                 os.link(victim, os.path.join(private, "app.sock"))
-            except OSError:
-                pass
 """
 
 
-async def test_hard_link_that_an_attacker_puts_at_the_path_keeps_its_mode(tmp_path: Path) -> None:
+async def test_hard_link_that_an_attacker_puts_at_the_path_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The attacker may write in the directory, and tries it all the time."""
     directory, victim = tmp_path / "hostile", tmp_path / "victim"
     directory.mkdir()
     victim.write_text("precious")
     victim.chmod(0o600)
+    chmod = os.chmod
+
+    def chmod_late(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.001)  # the attacker is slower than we are
+        chmod(*args, **kwargs)
+
+    monkeypatch.setattr(os, "chmod", chmod_late)
     umask = os.umask(0o077)
     attacker = subprocess.Popen(  # noqa: ASYNC220, S603
         [sys.executable, "-c", ATTACKER, directory, victim],
         stdout=subprocess.PIPE,
         env={**os.environ, "STARTER": str(os.getpid())},
     )
-    try:
-        with attacker:
+    with attacker:
+        try:
             assert attacker.stdout is not None
             assert attacker.stdout.readline() == b"ready\n"
             for _ in range(200):
                 with contextlib.suppress(OSError):
                     await (await start(App(), uds=directory / "app.sock", uds_mode=0o666)).aclose()
                 assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+            assert attacker.poll() is None
+        finally:
             attacker.kill()
-    finally:
-        attacker.kill()
-        os.umask(umask)
+            os.umask(umask)

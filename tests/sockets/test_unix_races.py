@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -194,6 +195,19 @@ async def test_socket_that_appears_during_the_check_is_left_alone(
             connect(path).close()
 
 
+async def test_socket_that_begins_to_listen_during_the_check_is_left_alone(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was bound before, and looked stale; it is the same file."""
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        swap_at_the_last_look(monkeypatch, other.listen)
+        with pytest.raises(OSError, match="another server has just created a socket there"):
+            await start(App(), uds=path)
+        assert os.listdir(tmp_path) == ["app.sock"]
+        connect(path).close()
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "directory"])
 async def test_file_that_appears_during_the_check_is_left_alone(
     kind: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -340,7 +354,9 @@ async def test_unix_socket_is_served_where_proc_is_missing(
     if stale:
         make_stale(path)
     monkeypatch.setattr(os.path, "isdir", lambda at: False)
-    await serve_once(path)
+    async with serving(App(), uds=path) as server:
+        assert server.sockets[0].getsockname().startswith(str(tmp_path))
+        assert await answers(path)
     assert os.listdir(tmp_path) == []
 
 
