@@ -249,8 +249,6 @@ class Server(ServerHandle):
         """
         The listening sockets; none when it has stopped accepting. Look at them, but do not close them.
 
-        The `getsockname()` of a Unix socket is not its path, but the name by which it was first bound.
-
         A process that is forked from this one does not keep them; for it, make a duplicate (`socket.dup()`).
         """
         return self._engine.connections.acceptor.sockets if self.is_serving() else ()

@@ -354,8 +354,9 @@ async def test_unix_socket_is_served_where_proc_is_missing(
     if stale:
         make_stale(path)
     monkeypatch.setattr(os.path, "isdir", lambda at: False)
-    async with serving(App(), uds=path) as server:
-        assert server.sockets[0].getsockname().startswith(str(tmp_path))
+    async with serving(App(), uds=path):
+        with connect(path) as client:
+            assert client.getpeername().startswith(str(tmp_path))
         assert await answers(path)
     assert os.listdir(tmp_path) == []
 

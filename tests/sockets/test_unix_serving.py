@@ -38,6 +38,15 @@ async def test_server_answers_at_its_unix_path(path: str) -> None:
     assert not os.path.lexists(path)
 
 
+async def test_listening_socket_and_its_duplicates_know_the_path(path: str) -> None:
+    """Although the socket was bound elsewhere; so a server that gets a duplicate knows its URL."""
+    async with serving(App(), uds=path) as server:
+        (sock,) = server.sockets
+        assert sock.getsockname() == path
+        async with serving(App(), sockets=[sock]) as other:
+            assert other.url == server.url
+
+
 async def test_unix_path_can_be_a_path_object(tmp_path: Path) -> None:
     """As everywhere."""
     async with serving(App(), uds=tmp_path / "app.sock"):

@@ -28,7 +28,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aioserve._log import logger
 
@@ -83,8 +83,22 @@ class SocketFile(NamedTuple):
         logger.warning("cannot remove the socket %s: %s", self.path, exc.strerror)
 
 
-def create_socket() -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+class UnixSocket(socket.socket):
+    """A socket that says where clients find it; the kernel says where it was bound."""
+
+    path: str | None = None
+
+    def getsockname(self) -> Any:
+        return super().getsockname() if self.path is None else self.path
+
+    def dup(self) -> UnixSocket:
+        duplicate = super().dup()
+        duplicate.path = self.path
+        return duplicate
+
+
+def create_socket(descriptor: int | None = None) -> UnixSocket:
+    sock = UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=descriptor)
     sock.setblocking(False)
     return sock
 
@@ -120,9 +134,11 @@ def listen(sock: socket.socket, path: str, mode: int, backlog: int) -> SocketFil
             undo.callback(file.remove)
             _put_in_place(private, path)
             undo.pop_all()
-            return file
     except OSError as exc:
         raise _cannot_listen(path, exc) from exc
+    if isinstance(sock, UnixSocket):
+        sock.path = file.path
+    return file
 
 
 def _find_socket(path: str) -> os.stat_result:
