@@ -60,6 +60,7 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         self._condition = condition
         self._has_tls = config.ssl is not None
+        self._unix_path = listeners[0].path if listeners[0].file_path is not None else None
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
@@ -205,6 +206,8 @@ class Connections:
     # What uvicorn's protocols tell.
 
     def connection_added(self, connection: Any) -> None:
+        if self._unix_path is not None:
+            protocols.name_server(connection, self._unix_path)
         if not self._announced:
             return
         announce_close(connection, self)

@@ -21,7 +21,7 @@ from typing import Any
 
 from aioserve import _limits
 from aioserve._connections import Connections, abandon
-from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, StartupInterruptedError, describe_error
+from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
 from aioserve._lifespan import Lifespan
 from aioserve._log import logger, uvicorn_logger
 from aioserve._net.listeners import Listener
@@ -106,13 +106,9 @@ class Engine(ServerTask):
             self._crash("the server's own task failed while it was starting", exc)
             return
         try:
-            await self.connections.acceptor.start(self.lifespan.context or contextvars.copy_context())
+            self.connections.acceptor.start(self.lifespan.context or contextvars.copy_context())
         except OSError as exc:
             self.error = exc
-            return
-        except asyncio.CancelledError:  # while it waited for the lock of a Unix socket's directory
-            self._condition.force()
-            self.error = StartupInterruptedError("the server's own task was cancelled before it listened")
             return
         self.started = True
         for listener, url in zip(self.listeners, self.urls, strict=True):

@@ -137,7 +137,7 @@ def test_ready_fd_gets_the_url_when_the_server_has_started() -> None:
         ) as program,
     ):
         os.close(writing)
-        (line,) = reader.readlines()
+        line = reader.readline()
         ready = json.loads(line)
         url = program.wait_for("http")
         port = int(url.rpartition(":")[2])

@@ -95,7 +95,10 @@ def open_at(address: Any) -> int:
         except OSError:
             continue  # not a socket, or only there to read the list
         try:
-            count += sock.getsockname() == address
+            name = sock.getsockname()
+            # A Unix socket was bound in another directory, before it had its place.
+            bound_as = os.path.basename(name) if isinstance(name, str) else name
+            count += bound_as == (os.path.basename(address) if isinstance(address, str) else address)
         finally:
             sock.detach()
     return count

@@ -38,6 +38,16 @@ def alive(path: str, stack: contextlib.ExitStack) -> None:
     sock.listen()
 
 
+def connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 async def serve_once(path: str) -> None:
     async with serving(App(), uds=path):
         assert await answers(path)

@@ -4,10 +4,14 @@ Who may connect to a Unix socket: its mode, whatever the umask is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,17 +33,20 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize("mode", [None, 0o600, 0o660, 0o666, 0o622, 0], ids=str)
 async def test_unix_socket_never_has_more_permissions_than_uds_mode(
-    mode: int | None, path: str, monkeypatch: pytest.MonkeyPatch
+    mode: int | None, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the umask is: from the moment that it exists; and it has exactly these when clients can connect."""
-    seen: list[tuple[str, int]] = []
+    """Whatever the umask is: from the moment that it exists; and it has exactly these when it appears at the path."""
+    seen: dict[str, tuple[int, int, bool]] = {}
 
     def watch(name: str) -> None:
         method = getattr(socket.socket, name)
 
         def watched(sock: socket.socket, *args: Any) -> Any:
             result = method(sock, *args)
-            seen.append((name, stat.S_IMODE(os.lstat(path).st_mode)))
+            (directory,) = tmp_path.iterdir()
+            (file,) = directory.iterdir()
+            modes = [stat.S_IMODE(each.lstat().st_mode) for each in (directory, file)]
+            seen[name] = (modes[0], modes[1], os.path.lexists(path))
             return result
 
         monkeypatch.setattr(socket.socket, name, watched, raising=False)
@@ -49,11 +56,13 @@ async def test_unix_socket_never_has_more_permissions_than_uds_mode(
     options: dict[str, Any] = {} if mode is None else {"uds_mode": mode}
     server = await start(App(), uds=path, **options)
     monkeypatch.undo()
+    when_open = stat.S_IMODE(os.lstat(path).st_mode)
     await server.aclose()
 
     asked = 0o600 if mode is None else mode
-    (_, when_bound), (_, when_open) = seen
-    assert when_bound & ~asked == 0
+    assert seen["bind"][1] & ~asked == 0
+    assert seen["bind"][0] & 0o077 == 0
+    assert seen["listen"] == (seen["bind"][0], asked, False)
     assert when_open == asked
 
 
@@ -72,35 +81,100 @@ async def test_other_users_cannot_connect_to_a_unix_socket_by_default(monkeypatc
                 other.connect(path)
 
 
-@pytest.mark.parametrize("moment", ["bind", "chmod"])
-async def test_symbolic_link_that_replaces_the_unix_socket_is_not_followed(
+@pytest.mark.parametrize("moment", ["mkdir", "bind", "listen"])
+async def test_private_directory_that_another_program_replaces_is_not_used(
     moment: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its target keeps its mode, and the link is not removed."""
+    """A file that is linked there keeps its mode, also where that program may write in the socket's directory."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     victim.chmod(0o600)
 
     def replace() -> None:
-        os.unlink(path)
-        os.symlink(victim, path)
+        (private,) = (each for each in tmp_path.iterdir() if each.name.startswith("."))
+        private.rename(tmp_path / "moved")
+        private.mkdir()
+        private.chmod(0o777)
+        os.link(victim, private / "app.sock")
 
-    bind, chmod = socket.socket.bind, os.chmod
+    owner = os if moment == "mkdir" else socket.socket
+    method = getattr(owner, moment)
 
-    def replaced_after_bind(sock: socket.socket, address: Any) -> None:
-        bind(sock, address)
-        replace()
+    def replaced(*args: Any) -> None:
+        method(*args)
+        if moment != "mkdir" or os.path.dirname(args[0]) == str(tmp_path):
+            monkeypatch.undo()
+            replace()
 
-    def replaced_before_chmod(*args: Any, **kwargs: Any) -> None:
-        replace()
+    umask = os.umask(0o077)
+    try:
+        monkeypatch.setattr(owner, moment, replaced, raising=False)
+        if moment == "mkdir":
+            with pytest.raises(PermissionError, match="cannot make a directory beside it that nobody else can enter"):
+                await start(App(), uds=path, uds_mode=0o666)
+        else:
+            async with serving(App(), uds=path, uds_mode=0o666):
+                assert stat.S_IMODE(os.lstat(path).st_mode) == 0o666
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+    assert not os.path.lexists(path)
+
+
+ATTACKER = """
+import os, sys
+from contextlib import suppress
+directory, victim = sys.argv[1:]
+path = os.path.join(directory, "app.sock")
+print("ready", flush=True)
+while os.getppid() == int(os.environ["STARTER"]):
+    for name in os.listdir(directory):
+        with suppress(OSError):
+            if name == "app.sock":  # a socket that has just appeared
+                os.unlink(path)
+                os.link(victim, path)
+                for _ in range(50):
+                    os.stat(path)  # long enough for a chmod()
+                os.unlink(path)
+            elif name.startswith(".") and int(name[1:], 16) % 2:  # leaves half of the starts alone until then
+                private = os.path.join(directory, name)
+                os.rename(private, os.path.join(directory, "moved" + name))
+                os.mkdir(private)
+                os.chmod(private, 0o777)
+                os.link(victim, os.path.join(private, "app.sock"))
+"""
+
+
+async def test_hard_link_that_an_attacker_puts_at_the_path_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacker may write in the directory, and tries it all the time."""
+    directory, victim = tmp_path / "hostile", tmp_path / "victim"
+    directory.mkdir()
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    chmod = os.chmod
+
+    def chmod_late(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.001)  # the attacker is slower than we are
         chmod(*args, **kwargs)
 
-    if moment == "bind":
-        monkeypatch.setattr(socket.socket, "bind", replaced_after_bind, raising=False)
-    else:
-        monkeypatch.setattr(os, "chmod", replaced_before_chmod)
-    with pytest.raises(OSError, match=f"cannot listen on {path}: "):
-        await start(App(), uds=path, uds_mode=0o666)
-    monkeypatch.undo()
-    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
-    assert os.path.islink(path)
+    monkeypatch.setattr(os, "chmod", chmod_late)
+    umask = os.umask(0o077)
+    attacker = subprocess.Popen(  # noqa: ASYNC220, S603
+        [sys.executable, "-c", ATTACKER, directory, victim],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "STARTER": str(os.getpid())},
+    )
+    with attacker:
+        try:
+            assert attacker.stdout is not None
+            assert attacker.stdout.readline() == b"ready\n"
+            for _ in range(200):
+                with contextlib.suppress(OSError):
+                    await (await start(App(), uds=directory / "app.sock", uds_mode=0o666)).aclose()
+                assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+            assert attacker.poll() is None
+        finally:
+            attacker.kill()
+            os.umask(umask)

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 import anyio
 import pytest
 
-from aioserve import Server, ServerCrashedError, StartupError, serving, start
+from aioserve import Server, ServerCrashedError, StartupError, serving, serving_process, start
 from aioserve._net import acceptor as _acceptor
+from aioserve._net import unix
 from tests.helpers.apps import App, Receive, Scope, Send
+from tests.helpers.processes import linux_only
 from tests.helpers.turns import after, turns
-from tests.helpers.unix import REQUEST, alive, answers, identity, serve_once
+from tests.helpers.unix import REQUEST, alive, answers, connect, identity, make_stale, serve_once
 from tests.helpers.ways import WAYS, Way
 
 
@@ -136,17 +139,70 @@ async def test_unix_socket_is_removed_at_every_turn_of_a_cancelled_start(path: s
     assert os.listdir(tmp_path) == []
 
 
-async def test_unix_socket_is_removed_when_listen_fails(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("step", ["mkdir", "open", "bind", "chmod", "listen", "link", "rename"])
+async def test_nothing_is_left_in_the_directory_when_a_start_fails(
+    step: str, stale: bool, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This is the last step that can fail after the file was made."""
+    """At whatever step it fails; a stale socket stays. (A failed link is tried as a rename.)"""
 
-    def refuse(sock: Any, backlog: int) -> None:
-        raise OSError(errno.ENOBUFS, "No buffer space available")
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(socket.socket, "listen", refuse, raising=False)
-    with pytest.raises(OSError, match=f"cannot listen on {path}: No buffer space available"):
-        await start(App(), uds=path)
+    if stale:
+        make_stale(path)
+    before = {name: identity(str(tmp_path / name)) for name in os.listdir(tmp_path)}
+    server = await start(App(), uds=f"{path}2")  # which imports what is imported only when it is needed
+    await server.aclose()
+    steps = ["link", "rename"] if step in ("link", "rename") else [step]
+    with monkeypatch.context() as patch:
+        for each in steps:
+            patch.setattr(socket.socket if each in ("bind", "listen") else os, each, refuse, raising=False)
+        with pytest.raises(OSError, match=f"cannot listen on {path}: No space left on device"):
+            await start(App(), uds=path, uds_mode=0o666)
+    assert {name: identity(str(tmp_path / name)) for name in os.listdir(tmp_path)} == before
+
+
+async def test_touch_does_not_leave_the_unix_socket_behind(path: str, tmp_path: Path) -> None:
+    """It changes only the times of the file."""
+    async with serving(App(), uds=path):
+        os.utime(path, (0, 0))
+        assert await answers(path)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_inode_of_the_unix_socket_is_not_used_again_while_it_listens(path: str, tmp_path: Path) -> None:
+    """So the file of another server is never taken for ours, although it may be as old."""
+    async with serving(App(), uds=path):
+        inode = os.lstat(path).st_ino
+        os.unlink(path)
+        for _ in range(100):
+            make_stale(path)
+            assert os.lstat(path).st_ino != inode
+            os.unlink(path)
+        make_stale(path)
+    assert os.listdir(tmp_path) == ["app.sock"]
+
+
+@linux_only
+async def test_touched_unix_socket_of_a_killed_child_is_removed(path: str, tmp_path: Path) -> None:
+    """By its parent."""
+    with pytest.raises(ServerCrashedError, match="killed by SIGKILL"):
+        async with serving_process("tests.helpers.children:talking", uds=path) as server:
+            os.utime(path, (0, 0))
+            os.kill(server.pid, signal.SIGKILL)
+            await asyncio.Event().wait()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_parent_of_a_dead_child_leaves_another_servers_socket_alone(path: str, tmp_path: Path) -> None:
+    """The child's inode may have been used again for it."""
+    with contextlib.ExitStack() as stack:
+        alive(path, stack)
+        unix.SocketFile.at(path).remove_stale()
+        connect(path).close()
+    assert os.listdir(tmp_path) == ["app.sock"]
+    unix.SocketFile.at(path).remove_stale()
     assert os.listdir(tmp_path) == []
 
 
@@ -189,9 +245,13 @@ async def test_unix_socket_that_cannot_be_removed_is_logged(path: str, caplog: p
     async with serving(App(), uds=path):
         with pytest.MonkeyPatch.context() as patch:
 
-            def refuse(at: str) -> None:
-                raise PermissionError(1, "Not permitted")
+            def refuse(at: str, **where: int) -> None:
+                if where:
+                    unlink(at, **where)
+                else:
+                    raise PermissionError(1, "Not permitted")
 
+            unlink = os.unlink
             patch.setattr(os, "unlink", refuse)
             server = await start(App(), uds=f"{path}2")
             await server.aclose()

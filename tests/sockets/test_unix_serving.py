@@ -34,8 +34,17 @@ async def test_server_answers_at_its_unix_path(path: str) -> None:
         assert server.url == f"http+unix://{path.replace('/', '%2F')}"
         assert (server.host, server.port) == (None, None)
         assert await answers(path)
-    assert scopes[0]["server"] in ((path, None), None)  # an older uvicorn does not say
+    assert scopes[0]["server"] == (path, None)
     assert not os.path.lexists(path)
+
+
+async def test_listening_socket_and_its_duplicates_know_the_path(path: str) -> None:
+    """Although the socket was bound elsewhere; so a server that gets a duplicate knows its URL."""
+    async with serving(App(), uds=path) as server:
+        (sock,) = server.sockets
+        assert sock.getsockname() == path
+        async with serving(App(), sockets=[sock]) as other:
+            assert other.url == server.url
 
 
 async def test_unix_path_can_be_a_path_object(tmp_path: Path) -> None:
@@ -64,6 +73,23 @@ async def test_websocket_works_over_a_unix_socket(path: str) -> None:
             await websocket.recv()
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
+
+
+async def test_app_knows_the_path_of_a_websocket_over_a_unix_socket(path: str) -> None:
+    """Also of a relative path, which is made absolute; the socket itself was bound by another name."""
+    scopes: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append(scope)
+        await App()(scope, receive, send)
+
+    config = uvicorn.Config(app, uds=os.path.relpath(path), lifespan="off", log_config=None)
+    async with serving(config), websockets.unix_connect(path, "ws://test/") as websocket:
+        await websocket.send("hello")
+        assert await websocket.recv() == "hello"
+    assert [(scope["type"], os.path.realpath(scope["server"][0])) for scope in scopes] == [("websocket", path)]
+    assert os.path.isabs(scopes[0]["server"][0])
+    assert config.loaded_app is not None
 
 
 async def test_tls_works_over_a_unix_socket(path: str, tls: Any) -> None:

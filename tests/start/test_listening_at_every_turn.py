@@ -1,12 +1,11 @@
 """
-The walk, for the moment in which the sockets begin to listen: clients, another server, and the lock of a Unix socket.
+The walk, for the moment in which the sockets begin to listen: clients, another server, and the file of a Unix socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Callable
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from aioserve import StartupError, _limits
+from aioserve import StartupError
 from tests.helpers import walk as walk_module
-from tests.helpers.turns import after
-from tests.helpers.walk import LIFESPAN_TURNS, WAYS, Interruption, Run, by_scope, natively, undisturbed, walk
+from tests.helpers.walk import WAYS, Interruption, Run, by_scope, natively, undisturbed, walk
 
 pytestmark = [pytest.mark.usefixtures("short_grace"), pytest.mark.parametrize("way", WAYS)]
 
@@ -28,9 +26,6 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: app\r\nconnection: close\r\n\r\n"
 
 # If one of more turns is tried, none of those may be among them in which the server listens.
 FEW = 5
-
-# For so many turns, the directory of a Unix socket is locked: until after the app has started.
-LOCKED_TURNS = 2 * LIFESPAN_TURNS + 8
 
 
 def bound_socket(port: int = 0) -> socket.socket:
@@ -125,32 +120,14 @@ async def by_cancelling_its_own_task(run: Run, turn: int) -> bool:
 @pytest.mark.parametrize(
     "interrupt", [natively, by_scope, by_closing, by_cancelling_its_own_task], ids=lambda each: each.__name__
 )
-async def test_wait_for_the_lock_of_a_unix_socket_can_be_interrupted_at_every_turn(
-    way: str, interrupt: Interruption, tmp_path: Path, record_property: Record, monkeypatch: pytest.MonkeyPatch
+async def test_start_at_a_unix_path_can_be_interrupted_at_every_turn(
+    way: str, interrupt: Interruption, tmp_path: Path, record_property: Record
 ) -> None:
-    """No file is left, and the app is shut down."""
-    monkeypatch.setattr(_limits, "FILE_LOCK_RETRY", 0)
-    path = tmp_path / "app.sock"
-    waits: list[bool] = []
-    directory = os.open(tmp_path, os.O_RDONLY)
-
-    def make() -> Run:
-        def unlock() -> None:
-            waits.append(run.app.started and not run.over and not path.exists())
-            fcntl.flock(directory, fcntl.LOCK_UN)
-
-        run = Run(way, uds=path)
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        after(LOCKED_TURNS, unlock)
-        return run
+    """Nothing is left in its directory."""
 
     async def check(run: Run, turn: int) -> bool:
         came = await interrupt(run, turn)
         assert os.listdir(tmp_path) == []
         return came
 
-    try:
-        record_property("points", await walk(make, check))
-    finally:
-        os.close(directory)
-    assert waits[0]
+    record_property("points", await walk(partial(Run, way, uds=tmp_path / "app.sock"), check))

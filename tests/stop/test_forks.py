@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import os
 import resource
 import signal
@@ -19,14 +20,14 @@ from typing import Any
 
 import pytest
 
-from aioserve import _limits, serving, start
+from aioserve import serving, start
 from aioserve._net import forks, unix
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import REQUEST, UPGRADE, connect, connect_tls, get
 from tests.helpers.forking import in_child, in_thread, open_at
 from tests.helpers.processes import is_free, linux_only
 from tests.helpers.turns import MOMENT, turns
-from tests.helpers.unix import answers, serve_once
+from tests.helpers.unix import answers, make_stale
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -248,26 +249,27 @@ async def test_child_that_c_code_has_forked_keeps_no_port(kind: str, path: str) 
         os.waitpid(living, 0)  # noqa: ASYNC222 (it ends at once)
 
 
-async def test_child_does_not_keep_the_lock_on_the_directory_of_a_unix_socket(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is forked by another thread while a server creates a socket there."""
+async def test_child_does_not_keep_the_lock_at_a_unix_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is forked by another thread while a server replaces a stale socket there."""
     children = []
 
-    def fork_and_bind(sock: socket.socket, path: str) -> bool:
+    def fork_and_remove(*args: Any) -> None:
         if not (child := os.fork()):
             signal.pause()
         children.append(child)
-        return bind(sock, path)
+        os.link(f"{directory}/.app.sock.lock", f"{directory}/copy")
+        remove(*args)
 
-    bind = unix._try_bind
-    monkeypatch.setattr(_limits, "FILE_LOCK_TIMEOUT", 0)
-    monkeypatch.setattr(unix, "_try_bind", fork_and_bind)
+    directory = os.path.dirname(path)
+    remove = unix._remove_stale
+    monkeypatch.setattr(unix, "_remove_stale", fork_and_remove)
+    make_stale(path)
     try:
         async with serving(App(), uds=path):
-            monkeypatch.setattr(unix, "_try_bind", bind)
-            await serve_once(f"{path}2")
+            with open(f"{directory}/copy") as lock:  # noqa: ASYNC230
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)  # noqa: ASYNC222 (it ends at once)
+    assert children

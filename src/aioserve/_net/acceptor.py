@@ -79,10 +79,10 @@ class Acceptor:
     def is_serving(self) -> bool:
         return self._serving and not self._loop.is_closed()
 
-    async def start(self, context: contextvars.Context) -> None:
+    def start(self, context: contextvars.Context) -> None:
         """Listen, and accept; connections get a copy of the context. An `OSError` says where it cannot listen."""
         for listener in self._listeners:
-            await listener.listen(self._backlog)
+            listener.listen(self._backlog)
         self._serving = True
         self._context = context
         context.run(self._add_readers)

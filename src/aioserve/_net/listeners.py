@@ -16,15 +16,12 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from aioserve import _limits
 from aioserve._log import logger
 from aioserve._net import forks
-
-if TYPE_CHECKING:
-    from aioserve._net.unix import SocketFile
 
 Host: TypeAlias = str | Sequence[str] | None
 
@@ -59,7 +56,7 @@ class Listener:
         self.socket = sock
         self.lent = lent
         self.file_path, self.mode = path, mode
-        self._file: SocketFile | None = None
+        self._remove_file: Callable[[], None] | None = None
         self._name = name
         forks.track(sock)
         self.host: str | None = None
@@ -75,12 +72,12 @@ class Listener:
         else:  # absolute, since the program may change its working directory
             self.path = os.path.join(os.getcwd(), address) if isinstance(address, str) else address
 
-    async def listen(self, backlog: int) -> None:
+    def listen(self, backlog: int) -> None:
         """Listen from now on; an `OSError` says where it cannot. The file of a Unix socket appears."""
         if self.file_path is not None:
             from aioserve._net import unix  # only where it is needed
 
-            self._file = await unix.listen(self.socket, self.file_path, self.mode, backlog)
+            self._remove_file = unix.listen(self.socket, self.file_path, self.mode, backlog).remove
             return
         try:
             if os.name == "posix" and not self.lent:  # so that the port can be bound again while connections linger
@@ -109,13 +106,13 @@ class Listener:
             from aioserve._net import unix  # only where it is needed
 
             with suppress(OSError):  # it has removed the file already
-                self._file = unix.SocketFile.at(self.file_path)
+                self._remove_file = unix.SocketFile.at(self.file_path).remove_stale
 
     def remove_file(self) -> None:
         """Remove the file of a Unix socket, so that no new client finds it."""
-        if self._file is not None:
-            self._file.remove()
-            self._file = None
+        if self._remove_file is not None:
+            self._remove_file()
+            self._remove_file = None
 
     def close(self) -> None:
         self.remove_file()

@@ -20,6 +20,7 @@ from contextlib import suppress
 from functools import partial
 
 from aioserve._net.listeners import Listener
+from aioserve._net.unix import create_socket
 from aioserve._process import messages, program
 from aioserve._settings import parse
 from aioserve._signals import Signals
@@ -49,7 +50,7 @@ def run(app: str, descriptors: str) -> int:
     options = {"log_level": "warning", "stop_on_signals": True, **handover.options}
     options.setdefault("log_config", log_config(options["log_level"]))
     listeners = [
-        Listener(socket.socket(fileno=fd), lent=lent, path=path, mode=mode)
+        Listener(socket.socket(fileno=fd) if path is None else create_socket(fd), lent=lent, path=path, mode=mode)
         for fd, lent, path, mode in handover.listeners
     ]
     try:

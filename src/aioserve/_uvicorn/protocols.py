@@ -8,6 +8,8 @@ objects; a cycle is one request of it, with its response.
 from __future__ import annotations
 
 import asyncio
+import functools
+import operator
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -57,6 +59,20 @@ def create_protocol(
     if not access_log:
         protocol.access_log = False
     return protocol  # type: ignore[no-any-return]
+
+
+def name_server(connection: Any, path: str | bytes) -> None:
+    """Let `scope["server"]` have the path of a Unix socket, which was bound by another name than it has now."""
+    connection.__class__ = _named_class(type(connection), path)  # type: ignore[arg-type]
+
+
+@functools.lru_cache
+def _named_class(protocol_class: type[Any], path: str | bytes) -> type[Any]:
+    class Named(protocol_class):  # type: ignore[misc]
+        server_name = (path, None)
+        server = property(operator.attrgetter("server_name"), lambda _self, _value: None)  # no Python call to read it
+
+    return Named
 
 
 def is_http(connection: Any) -> bool:
