@@ -109,6 +109,8 @@ class Connections:
         for connection in list(self.state.connections):
             if not connection.transport.is_closing():
                 announce_close(connection, self)
+        for task in self.state.tasks:  # also those whose clients have gone
+            pass_on_interrupts(protocols.handled_by(task))
 
     def close_idle(self) -> None:
         """

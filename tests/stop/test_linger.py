@@ -9,7 +9,6 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable
 from contextlib import closing
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
@@ -20,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
 from aioserve import Server, _limits, serving
+from tests.helpers.threads import in_thread
 from tests.helpers.turns import MOMENT
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -49,31 +49,6 @@ class Early:
         await send({"type": "http.response.body", "body": b"x" * self.size})
 
 
-async def in_thread(function: Callable[[], Any]) -> Awaitable[Any]:
-    """Run a blocking client in a thread of its own, which ends with it; return what awaits its result."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[Any] = loop.create_future()
-
-    def run() -> None:
-        try:
-            value = function()
-        except Exception as exc:  # noqa: BLE001
-            loop.call_soon_threadsafe(result.set_exception, exc)
-        else:
-            loop.call_soon_threadsafe(result.set_result, value)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    async def finish() -> Any:
-        try:
-            return await result
-        finally:
-            thread.join()
-
-    return finish()
-
-
 def upload(connection: HTTPConnection) -> tuple[int, int]:
     """Send it all, and then read the answer: its status and its length."""
     with closing(connection):
@@ -83,7 +58,7 @@ def upload(connection: HTTPConnection) -> tuple[int, int]:
 
 
 async def stop_with_early_answer(server: Server, app: Early, connection: HTTPConnection) -> tuple[int, int]:
-    uploading = await in_thread(lambda: upload(connection))
+    uploading = in_thread(lambda: upload(connection))
     await app.began.wait()
     server.close()
     await asyncio.sleep(0)
@@ -153,7 +128,7 @@ async def test_client_that_sends_without_end_does_not_hold_the_stop(http: str, m
                     return True
                 return False
 
-        sending = await in_thread(send)
+        sending = in_thread(send)
         await app.began.wait()
         server.close()
         app.go.set()
@@ -241,7 +216,7 @@ async def test_tail_of_a_websocket_and_its_close_arrive_at_a_client_that_sends(
                 finally:
                     sender.join()
 
-        talking = await in_thread(talk)
+        talking = in_thread(talk)
         await sent.wait()
         await server.aclose()
         assert await talking == (UPLOAD, 1012)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from uvicorn.config import HTTP_PROTOCOLS
 
 from aioserve import Swappable, _limits, serving, start
 from tests.helpers.apps import App
@@ -110,6 +111,24 @@ async def test_first_byte_of_a_new_connection_gives_it_the_time_of_a_partial_req
         client.writer.write(b"GET / HT")
         await closing
         assert await client.rest() == b""
+
+
+@linux_only
+@pytest.mark.skipif("zttp" not in HTTP_PROTOCOLS, reason="this uvicorn has no zttp")
+async def test_first_request_of_which_zttp_has_read_a_part_gets_the_time_of_a_partial_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """zttp does not show it; the kernel knows that something has come."""
+    monkeypatch.setattr(_limits, "FIRST_REQUEST", 0.0)
+    async with serving(App(), http="zttp", shutdown_timeout=None) as server, connect(server) as client:
+        client.writer.write(b"GET / HTTP/1.1\r\nhost: te")
+        while not server.stats.connections:
+            await asyncio.sleep(0)
+        await turns()
+        server.close()
+        await asyncio.sleep(MOMENT)
+        client.writer.write(b"st\r\n\r\n")
+        assert b"connection: close" in await client.answer()
 
 
 async def test_forced_stop_does_not_report_a_partial_request() -> None:

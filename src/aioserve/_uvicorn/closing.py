@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from aioserve._uvicorn.logs import pass_on_interrupts
 from aioserve._uvicorn.protocols import Observer, is_http, unanswered_cycles
 
 CLOSE = (b"connection", b"close")
@@ -12,15 +11,11 @@ CLOSE = (b"connection", b"close")
 
 def announce_close(connection: Any, observer: Observer) -> None:
     """Let every response of an HTTP connection that has not begun yet say "connection: close"."""
-    if not is_http(connection):
-        pass_on_interrupts(connection)
-        return
-    if isinstance(connection.server_state, ClosingState):
+    if not is_http(connection) or isinstance(connection.server_state, ClosingState):
         return
     connection.server_state = state = ClosingState(connection, observer)
     for cycle in unanswered_cycles(connection):
         cycle.default_headers = state.default_headers
-        pass_on_interrupts(cycle)
 
 
 def has_answered_since(connection: Any) -> bool:
