@@ -132,6 +132,13 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_limits, "LIFESPAN_GRACE", 0.05)
 
 
+@pytest.fixture
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the time that clients get which are still sending, for tests in which it passes."""
+    monkeypatch.setattr(_limits, "LINGER", 0.05)
+    monkeypatch.setattr(_limits, "LINGER_LONGEST", 0.05)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves something behind."""

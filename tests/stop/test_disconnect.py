@@ -139,6 +139,7 @@ async def test_wait_for_a_request_body_without_an_end_is_bounded() -> None:
     assert cycle.says_disconnected
 
 
+@pytest.mark.usefixtures("short_linger")
 async def test_request_body_without_an_end_does_not_delay_the_stop() -> None:
     """Neither of a request that is already answered, nor of one whose handler reads it."""
 
@@ -167,6 +168,7 @@ async def test_request_body_without_an_end_does_not_delay_the_stop() -> None:
             sending.result()
 
 
+@pytest.mark.usefixtures("short_linger")
 async def test_incomplete_request_body_does_not_delay_the_stop() -> None:
     """The part that has arrived is received; the disconnect follows."""
     seen: list[dict[str, Any]] = []
@@ -294,6 +296,7 @@ async def test_request_body_that_a_handler_reads_late_is_not_lost() -> None:
 @pytest.fixture
 async def sse_starlettes_watcher_ends() -> AsyncIterator[None]:
     """End the task of sse-starlette that checks twice a second whether uvicorn stops, as long as the loop lives."""
+    AppStatus.should_exit = False  # of the process: an earlier test may have stopped a server of uvicorn's own
     yield
     watchers = {task for task in asyncio.all_tasks() if "_shutdown_watcher" in repr(task.get_coro())}
     for task in watchers:

@@ -18,9 +18,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
-from aioserve import Server, _limits, serving
+from aioserve import Server, serving
 from tests.helpers.threads import in_thread
-from tests.helpers.turns import MOMENT
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -109,10 +108,10 @@ async def test_early_answer_to_an_upload_on_a_unix_socket_arrives_in_a_stop(tmp_
         assert await stop_with_early_answer(server, app, UnixConnection(path)) == (401, ANSWER)
 
 
+@pytest.mark.usefixtures("short_linger")
 @pytest.mark.parametrize("http", PROTOCOLS)
-async def test_client_that_sends_without_end_does_not_hold_the_stop(http: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_sends_without_end_does_not_hold_the_stop(http: str) -> None:
     """It is cut off after a time, which counts as no use of force."""
-    monkeypatch.setattr(_limits, "LINGER_LONGEST", MOMENT)
     app = Early(2)
     async with serving(app, http=http, shutdown_timeout=None) as server:
         assert server.port is not None
@@ -138,11 +137,9 @@ async def test_client_that_sends_without_end_does_not_hold_the_stop(http: str, m
     assert not server.report.was_forced
 
 
-async def test_client_that_is_silent_after_its_early_answer_does_not_hold_the_stop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("short_linger")
+async def test_client_that_is_silent_after_its_early_answer_does_not_hold_the_stop() -> None:
     """It has not sent all, and does not close."""
-    monkeypatch.setattr(_limits, "LINGER", MOMENT)
     app = Early(2)
     async with serving(app, shutdown_timeout=None) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
