@@ -57,6 +57,19 @@ async def test_death_of_the_child_cancels_the_body(how: str, said: str, capfd: p
         assert "tests.helpers.apps.AppError: the app's own" in caught.value.__notes__[0]
 
 
+async def test_exit_code_is_unknown_where_sigchld_is_ignored() -> None:
+    """The system throws it away; 0 would look like a graceful end."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(ServerCrashedError, match="its exit code is unknown, since SIGCHLD is ignored"):
+            async with serving_process("tests.helpers.apps:factory", factory=True) as server:
+                os.kill(server.pid, signal.SIGKILL)
+                await asyncio.Event().wait()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert server.returncode is None
+
+
 async def test_process_forked_by_a_dead_child_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
     """Otherwise it would keep the port."""
     with pytest.raises(ServerCrashedError):

@@ -51,8 +51,12 @@ class ServerProcess(ServerHandle):
 
     @property
     def returncode(self) -> int | None:
-        """The child's exit code, or a signal's number, negated; `None` while it runs."""
-        return self._engine.process.returncode
+        """
+        The child's exit code, or a signal's number, negated; `None` while it runs.
+
+        Also `None` if the system has thrown it away, since this program ignores SIGCHLD.
+        """
+        return self._engine.process.returncode if self._engine.has_exit_code else None
 
     def _status(self) -> str:
         if self._engine.closed.is_set():
@@ -116,6 +120,7 @@ class ChildProcess(ServerTask):
     _events: int
     _lifeline: IO[bytes]
     _pidfd: int | None = None
+    has_exit_code: bool = False
 
     def __init__(self, app: str, options: dict[str, Any], settings: Settings, listeners: Sequence[Listener]) -> None:
         super().__init__(listeners, has_tls=bool(settings.config.ssl_certfile))
@@ -208,6 +213,10 @@ class ChildProcess(ServerTask):
         if self._pidfd is not None:
             self._read()
         self._kill_group()  # its own children
+        with suppress(ChildProcessError):  # SIGCHLD is ignored, so the system has thrown its exit code away
+            if self.process.returncode is None:
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            self.has_exit_code = True
         self.process.wait()
         if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)
@@ -230,6 +239,8 @@ class ChildProcess(ServerTask):
     def _set_error(self) -> None:
         code = self.process.returncode
         status = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
+        if not self.has_exit_code:
+            status = "its exit code is unknown, since SIGCHLD is ignored"
         ended = f"the child process {self.process.pid} ended ({status})"
         if not self._said_last:
             self.error = self._error_of_death(ended)
