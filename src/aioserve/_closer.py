@@ -85,8 +85,8 @@ class Closer:
         state = protocols.connection_state(connection)
         if state == "busy" or not protocols.is_http(connection):
             return state
-        if state == "new" and not self._has_tls:
-            info = tcp_info(connection.transport)  # zttp does not show what it has read of a first request
+        if state == "new" and not (self._has_tls or protocols.shows_first_request(connection)):
+            info = tcp_info(connection.transport)
             return "partial" if info is not None and info.received else state
         # The rest of a body whose request has its answer is not waited for.
         return "partial" if not protocols.has_unread_body(connection) and self.unread(connection) else state

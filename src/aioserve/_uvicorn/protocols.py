@@ -93,11 +93,16 @@ def connection_state(connection: Any) -> ConnectionState:
         partial = connection.scope is not scope
     elif hasattr(connection.conn, "trailing_data"):  # h11
         partial = bool(connection.conn.trailing_data[0])
-    else:  # zttp does not show a first request
+    else:  # see `shows_first_request()`
         partial = cycle is not None and not cycle.more_body and connection.timeout_keep_alive_task is None
     if partial:
         return "partial"
     return "new" if cycle is None else "idle"
+
+
+def shows_first_request(connection: Any) -> bool:
+    """Whether it can be seen that a part of a first request has been read; not with zttp."""
+    return hasattr(connection, "pipeline") or hasattr(connection.conn, "trailing_data")
 
 
 def _websocket_state(websocket: Any) -> ConnectionState:
