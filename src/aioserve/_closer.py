@@ -98,7 +98,7 @@ class Closer:
             self.see_off(connection)  # before its loop reads more
         elif self._has_tls and protocols.has_unread_body(connection):
             # asyncio's TLS cannot close in front of something that it holds back.
-            connection.flow.resume_reading()
+            protocols.read_on(connection)
 
     def see_off(self, connection: Any) -> None:
         """See to it that a closing connection ends: with TLS, without its client's help; and without a reset."""

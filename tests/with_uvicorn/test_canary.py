@@ -81,6 +81,9 @@ OF_HTTP = [
     ),
     Thing("http", "cycle.logger", "Each handler that is cancelled would leave a traceback in the log."),
     Thing("http", "cycle.more_body", "A request's own body would be taken for the next request."),
+    Thing("http", "flow.resume_reading", "Over TLS on asyncio, an early answer to an upload would be lost in a stop."),
+    Thing("http", "server", "Over a Unix socket, apps would be told the name by which it was bound."),
+    Thing("http", "tasks", "A stream with a request behind it would not be told of a stop.", ("httptools",)),
     Thing("http", "conn", "h11 and zttp could not be distinguished.", ("h11", "zttp")),
     Thing(
         "http", "conn.trailing_data", "The part of a request that has arrived would be discarded by a stop.", ("h11",)
@@ -90,6 +93,7 @@ OF_HTTP = [
 ]
 OF_WEBSOCKETS = [
     Thing("websocket", "transport", "A stop could not drop a WebSocket."),
+    Thing("websocket", "server", "Over a Unix socket, apps would be told the name by which it was bound."),
     Thing("websocket", "shutdown", "A stop could not close a WebSocket with 1012."),
     Thing(
         "websocket",
@@ -564,6 +568,21 @@ async def test_legacy_websocket_protocol_runs_tasks_of_its_own() -> None:
 async def test_access_log_is_an_attribute_of_the_protocol(http: str) -> None:
     async with holding(http, access_log=False) as held:
         assert held.protocol.cycle.access_log is False, "access_log=False would silence nothing."
+
+
+@pytest.mark.parametrize("http", HTTP)
+async def test_exception_of_a_handler_is_logged_by_the_logger_of_its_cycle(
+    http: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `exc_info`."""
+    async with holding(http) as held:
+        errors: list[Any] = []
+        held.protocol.cycle.logger = logging.Logger("of the cycle")
+        held.protocol.cycle.logger.error = lambda *_, **named: errors.append(named.get("exc_info"))
+        (task,) = held.protocol.tasks
+        task.cancel()
+        await soon(lambda: bool(errors))
+        assert [type(each) for each in errors] == [asyncio.CancelledError], "A second Ctrl+C would be ignored."
 
 
 # How apps are loaded, and protocols chosen.

@@ -9,7 +9,9 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
 - HTTP protocols read their own `server_state.default_headers` at each request, and count up
   `server_state.total_requests` when a response is complete. In between there is `cycle`: with `scope`,
   `transport`, `default_headers`, `response_complete`, `more_body`, `disconnected`, `message_event`, `on_response` and
-  `logger`. A protocol's `access_log` can be set, and `connections` is the state's.
+  `logger`, which logs what a handler raises as `exc_info` of an `error()`. A protocol's `access_log` can be set, and
+  `connections` and `tasks` are the state's. `flow.resume_reading()` lets its transport read on.
+- A connection's `server` is where its scopes have `server` from.
 - Their `timeout_keep_alive_task` is a timer after a response, and `None` again as soon as more bytes have arrived. A
   lost connection can leave it behind.
 - Whether a part of a next request has arrived: httptools' `scope` and `pipeline` and h11's `conn.trailing_data` say so.

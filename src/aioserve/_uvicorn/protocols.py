@@ -244,6 +244,11 @@ def stop_watching_bytes(connection: Any) -> None:
     vars(connection).pop("data_received", None)
 
 
+def read_on(connection: Any) -> None:
+    """Let an HTTP connection read what it holds back of a body."""
+    connection.flow.resume_reading()
+
+
 def close_gracefully(connection: Any) -> None:
     """Close an idle connection, or a WebSocket with 1012."""
     try:
