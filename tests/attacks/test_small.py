@@ -335,10 +335,19 @@ async def test_report_names_a_handler_behind_many_wrapping_coroutines(http: str,
 # Forks during a bind.
 
 
+def sockets_of(pid: int | str) -> set[str]:
+    """Return the sockets that a process has."""
+    found = set()
+    for each in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that was used to list the directory
+            found.add(os.readlink(f"/proc/{pid}/fd/{each}"))
+    return {each for each in found if each.startswith("socket:")}
+
+
 @linux_only
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 async def test_port_is_free_after_the_block_although_a_thread_forks_all_the_time() -> None:
-    """No child has a socket that was being bound when it was forked, and the children live on."""
+    """No child, of those that live on, has a socket that was being bound when it was forked."""
 
     def fork() -> None:
         while not over.is_set() and len(children) < 400:
@@ -348,6 +357,7 @@ async def test_port_is_free_after_the_block_although_a_thread_forks_all_the_time
                     signal.pause()
             children.append(pid)
 
+    before = sockets_of("self")
     over = threading.Event()
     children: list[int] = []
     ports: list[int | None] = []
@@ -361,8 +371,12 @@ async def test_port_is_free_after_the_block_although_a_thread_forks_all_the_time
         over.set()
         while thread.is_alive():
             await asyncio.sleep(0)
-        assert [port for port in ports if not is_free(port)] == []
         assert len(children) > 5
+        await asyncio.sleep(MOMENT)  # the last child may still be about to let go
+        kept = {pid: sockets_of(pid) - before for pid in children}
+        assert [pid for pid in children if kept[pid]] == []
+        # Another program on this machine may have got one of the ports by now, but hardly all of them.
+        assert any(is_free(port) for port in ports)
     finally:
         over.set()
         thread.join()
