@@ -197,6 +197,20 @@ async def test_connection_for_which_the_task_factory_raises_is_closed() -> None:
     assert not server.report.was_forced
 
 
+async def test_server_for_whose_last_connection_the_task_factory_raises_leaves_no_socket() -> None:
+    failing = Failing()
+    with failing.installed():
+        server = await start(App())
+        (listening,) = server.sockets
+        with socket.create_connection((server.host, server.port)) as client:
+            failing.fails = True
+            with contextlib.suppress(ServerCrashedError):  # uvloop may have accepted it before
+                await server.aclose()
+            failing.fails = False
+            assert is_over(client)
+        assert listening.fileno() < 0
+
+
 # Lent sockets that block.
 
 

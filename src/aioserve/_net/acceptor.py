@@ -121,18 +121,17 @@ class Acceptor:
     def accept_rest(self) -> None:
         """Accept what waits in the queues of our own sockets, and close each one whose queue is empty."""
         if self.has_rest:
-            listeners, self._listeners = self._listeners, []
-            for listener in listeners:
+            for listener in list(self._listeners):
                 sock = listener.socket
                 can_accept = not listener.lent and _is_readable(sock) and self._loop.is_running()
                 if can_accept and not self._context.run(self._accept, sock):
-                    self._listeners.append(listener)
                     continue
                 if self._is_used and not listener.lent:
                     with suppress(OSError):
                         # Also for the copies in other processes: C code can fork without Python's knowledge.
                         sock.shutdown(socket.SHUT_RDWR)
                 listener.close()
+                self._listeners.remove(listener)
             self.has_rest = bool(self._listeners)
             if self._reserve is not None and not self.has_rest:
                 self._release_reserve()
