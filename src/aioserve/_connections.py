@@ -114,7 +114,7 @@ class Connections:
 
     def close_idle(self) -> None:
         """
-        Close idle HTTP connections; leave all others for `close_unneeded()`.
+        Close idle HTTP connections whose clients do not owe a body; leave all others for `close_unneeded()`.
 
         With TLS, leave all: the transport may hold data that nobody has processed.
         """
@@ -122,7 +122,8 @@ class Connections:
             return
         for connection in list(self.state.connections):
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
-            if is_open and protocols.connection_state(connection) == "idle" and not self._closer.unread(connection):
+            is_idle = is_open and protocols.connection_state(connection) == "idle"
+            if is_idle and not (protocols.has_unread_body(connection) or self._closer.unread(connection)):
                 protocols.close_gracefully(connection)
 
     def close_unneeded(self) -> None:

@@ -282,6 +282,12 @@ def test_protocol_that_is_not_derived_from_one_of_uvicorns_is_refused(option: st
         by_us(without_lifespan, {option: type("Unknown", (asyncio.Protocol,), {})})
 
 
+@pytest.mark.parametrize(("option", "other"), [("http", WSProtocol), ("ws", H11Protocol)])
+def test_protocol_of_the_other_kind_is_refused(option: str, other: type[Any]) -> None:
+    with pytest.raises(TypeError, match=f"{option}=<class .*> cannot be served"):
+        by_us(without_lifespan, {option: other})
+
+
 @pytest.mark.parametrize("option", ["log_level", "log_config"])
 def test_logging_is_configured_each_time(option: str, tmp_path: Path) -> None:
     """Other code may have changed it in the meantime."""

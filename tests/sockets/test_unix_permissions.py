@@ -5,6 +5,7 @@ Who may connect to a Unix socket: its mode, whatever the umask is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import stat
@@ -21,6 +22,9 @@ import pytest
 from aioserve import serving, start
 from tests.helpers.apps import App
 from tests.helpers.privileges import unprivileged
+from tests.helpers.processes import linux_only
+
+PR_SET_DUMPABLE = 4  # of sys/prctl.h
 
 
 @pytest.fixture(params=[0, 0o022, 0o077], ids=oct)
@@ -64,6 +68,26 @@ async def test_unix_socket_never_has_more_permissions_than_uds_mode(
     assert seen["bind"][0] & 0o077 == 0
     assert seen["listen"] == (seen["bind"][0], asked, False)
     assert when_open == asked
+
+
+@linux_only
+@pytest.mark.parametrize("bits", [0o177, 0o111, 0o700, 0o777], ids=oct)
+async def test_umask_that_takes_rights_of_the_owner_does_not_prevent_a_start(bits: int) -> None:
+    """`umask(0o177)` is usual for sockets; root would not notice it."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)  # noqa: S103
+        path = f"{directory}/app.sock"
+        with unprivileged():
+            ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1)  # so that /proc/self is this user's as well
+            before = os.umask(bits)
+            try:
+                server = await start(App(), uds=path)
+            finally:
+                os.umask(before)
+            mode = stat.S_IMODE(os.lstat(path).st_mode)
+            await server.aclose()
+        assert mode == 0o600
+        assert os.listdir(directory) == []
 
 
 async def test_other_users_cannot_connect_to_a_unix_socket_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

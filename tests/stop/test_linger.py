@@ -10,6 +10,7 @@ import socket
 import ssl
 import threading
 from contextlib import closing
+from functools import partial
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from websockets.sync.client import connect as connect_websocket
 
 from aioserve import Server, serving
 from tests.helpers.threads import in_thread
+from tests.helpers.turns import turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -77,6 +79,51 @@ async def test_early_answer_to_an_upload_arrives_in_a_stop(http: str, size: int)
     async with serving(app, http=http, shutdown_timeout=None) as server:
         client = HTTPConnection("127.0.0.1", server.port, timeout=30)
         assert await stop_with_early_answer(server, app, client) == (401, size)
+
+
+@pytest.mark.parametrize("http", PROTOCOLS)
+async def test_early_answer_that_is_on_its_way_when_the_stop_begins_arrives(http: str) -> None:
+    """Nothing is unread at that moment, but the rest of the body is still to come."""
+    app = Early(ANSWER)
+    app.go.set()
+    async with serving(app, http=http, shutdown_timeout=None) as server:
+        port, may_send = server.port, threading.Event()
+
+        def talk() -> int:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 100000\r\n\r\n")
+                may_send.wait()
+                client.sendall(bytes(100_000))
+                client.settimeout(10)
+                return len(b"".join(iter(partial(client.recv, 65536), b"")))
+
+        talking = in_thread(talk)
+        while not server.stats.served:
+            await asyncio.sleep(0)
+        closing_server = asyncio.create_task(server.aclose())
+        await turns()
+        may_send.set()
+        await closing_server
+        assert await talking > ANSWER
+
+
+@pytest.mark.usefixtures("short_linger")
+async def test_default_timeout_of_sockets_does_not_block_the_loop() -> None:
+    app = Early(2)
+    async with serving(app, shutdown_timeout=None) as server:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n")
+        await app.began.wait()
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(100)
+        try:
+            server.close()
+            app.go.set()
+            await server.wait_closed()
+        finally:
+            socket.setdefaulttimeout(before)
+        assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+    writer.transport.abort()
 
 
 @pytest.mark.parametrize("size", [2, ANSWER], ids=["small", "big"])

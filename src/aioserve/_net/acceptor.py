@@ -138,7 +138,8 @@ class Acceptor:
 
     def lose_rest(self) -> int:
         """Close all sockets, and return how many connections in their queues are lost for want of a descriptor."""
-        lost = sum(queue_length(listener.socket) for listener in self._listeners) if self.has_rest else 0
+        waiting = [each.socket for each in self._listeners] if self.has_rest else []
+        lost = sum(queue_length(sock) or _is_readable(sock) for sock in waiting)  # at least one, if it is not known
         self.has_rest = False
         while self._listeners:
             self._listeners.pop().close()

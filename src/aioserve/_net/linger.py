@@ -65,6 +65,7 @@ class _LingeringSocket:
         self._on_end = on_end
         with forks.lock:
             self._socket = socket.socket(fileno=os.dup(number))
+            self._socket.setblocking(False)  # the program may have set a default timeout
             forks.track(self._socket)
         self._loop.add_reader(self._socket.fileno(), self.read)
 

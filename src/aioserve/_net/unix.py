@@ -169,11 +169,15 @@ class _PrivateDirectory:
     def __enter__(self) -> _PrivateDirectory:
         os.mkdir(self.path, 0o700)
         try:
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            # O_PATH, since a umask may have taken the right to read it.
+            self.descriptor = os.open(self.path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW)
         except BaseException:
             self._remove()
             raise
         found = os.fstat(self.descriptor)
+        if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o700 != 0o700:
+            with suppress(OSError):
+                os.chmod(f"/proc/self/fd/{self.descriptor}", 0o700)
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
             self._close()
             raise OSError(errno.EACCES, "cannot make a directory beside it that nobody else can enter")

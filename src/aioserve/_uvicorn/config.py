@@ -185,16 +185,19 @@ def _load(config: uvicorn.Config) -> None:
         raise StartupError(f"cannot load {app}: not an ASGI app: {loaded!r}")
 
 
-_KNOWN_PROTOCOLS = {each.rpartition(":")[2] for each in [*HTTP_PROTOCOLS.values(), *WS_PROTOCOLS.values()] if each}
+_KNOWN_PROTOCOLS = {
+    option: {each.rpartition(":")[2] for each in protocols.values() if each}
+    for option, protocols in (("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS))
+}
 
 
 def _check_protocol(config: uvicorn.Config) -> None:
     """Refuse a protocol whose connections nobody here could close in order, at the stop."""
-    for option in ("http", "ws"):
+    for option, names_known in _KNOWN_PROTOCOLS.items():
         chosen = getattr(config, f"{option}_protocol_class")
         names = {each.__name__ for each in getattr(chosen, "__mro__", ()) if each.__module__.startswith("uvicorn.")}
-        if chosen is not None and not names & _KNOWN_PROTOCOLS:
-            known = ", ".join(sorted(_KNOWN_PROTOCOLS))
+        if chosen is not None and not names & names_known:
+            known = ", ".join(sorted(names_known))
             raise TypeError(
                 f"{option}={chosen!r} cannot be served: aioserve has to know the protocol, to close its connections; "
                 f"derive the class from one of uvicorn's ({known})"
