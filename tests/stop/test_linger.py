@@ -29,6 +29,9 @@ pytestmark = pytest.mark.usefixtures("short_grace")
 UPLOAD = 8_000_000
 ANSWER = 4_000_000
 
+# As much as the kernel takes at once, and more than a client that does not read gets.
+IN_KERNEL = 1_000_000
+
 PROTOCOLS = ["h11", "httptools"]
 
 
@@ -84,7 +87,7 @@ async def test_early_answer_to_an_upload_arrives_in_a_stop(http: str, size: int)
 @pytest.mark.parametrize("http", PROTOCOLS)
 async def test_early_answer_that_is_on_its_way_when_the_stop_begins_arrives(http: str) -> None:
     """Nothing is unread at that moment, but the rest of the body is still to come."""
-    app = Early(ANSWER)
+    app = Early(IN_KERNEL)
     app.go.set()
     async with serving(app, http=http, shutdown_timeout=None) as server:
         port, may_send = server.port, threading.Event()
@@ -100,11 +103,13 @@ async def test_early_answer_that_is_on_its_way_when_the_stop_begins_arrives(http
         talking = in_thread(talk)
         while not server.stats.served:
             await asyncio.sleep(0)
+        (connection,) = server._engine.connections.state.connections
+        assert connection.transport.get_write_buffer_size() == 0
         closing_server = asyncio.create_task(server.aclose())
         await turns()
         may_send.set()
         await closing_server
-        assert await talking > ANSWER
+        assert await talking > IN_KERNEL
 
 
 @pytest.mark.usefixtures("short_linger")
@@ -119,10 +124,11 @@ async def test_default_timeout_of_sockets_does_not_block_the_loop() -> None:
         try:
             server.close()
             app.go.set()
+            assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+            writer.write(b"x")
             await server.wait_closed()
         finally:
             socket.setdefaulttimeout(before)
-        assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
     writer.transport.abort()
 
 
