@@ -138,7 +138,7 @@ class Closer:
         if self._graces is not None:
             self._graces.end(connection)
         # One that was idle is not asked, since it is of no use to the client, and a stop may have thousands.
-        if not self._has_tls and (not protocols.is_http(connection) or has_answered_since(connection)):
+        if not self._has_tls and protocols.is_http(connection) and has_answered_since(connection):
             self.see_off(connection)
         if self.lingering is not None:
             self.lingering.shut_down(self._acceptor.raw_transport(connection.transport))

@@ -106,11 +106,13 @@ class Connections:
     def announce_close(self) -> None:
         """Let HTTP/1 responses from here on say "connection: close"; `ClosingHeaders` has the exceptions."""
         self._announced = True
+        handlers = 0
         for connection in list(self.state.connections):
             if not connection.transport.is_closing():
-                announce_close(connection, self)
-        for task in self.state.tasks:  # also those whose clients have gone
-            pass_on_interrupts(protocols.handled_by(task))
+                handlers += announce_close(connection, self)
+        if len(self.state.tasks) > handlers:  # there are some whose clients have gone
+            for task in self.state.tasks:
+                pass_on_interrupts(protocols.handled_by(task))
 
     def close_idle(self) -> None:
         """

@@ -138,12 +138,14 @@ class Acceptor:
 
     def lose_rest(self) -> int:
         """Close all sockets, and return how many connections in their queues are lost for want of a descriptor."""
-        waiting = [each.socket for each in self._listeners] if self.has_rest else []
-        lost = sum(queue_length(sock) or _is_readable(sock) for sock in waiting)  # at least one, if it is not known
+        lost = 0
+        if self.has_rest:  # at least one in each, if it is not known
+            lost = sum(queue_length(each.socket) or _is_readable(each.socket) for each in self._listeners)
         self.has_rest = False
         while self._listeners:
             self._listeners.pop().close()
-        self._release_reserve()
+        if self._reserve is not None:
+            self._release_reserve()
         return lost
 
     def _release_reserve(self) -> bool:
@@ -251,9 +253,7 @@ class Acceptor:
     async def _start_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         """Do in two steps what asyncio would do in one, to know the transport below TLS."""
         raw, handshake = await self._loop.connect_accepted_socket(_Handshake, connection)
-        task = asyncio.current_task()
-        assert task is not None
-        self._handshakes[task] = raw
+        self._handshakes[asyncio.current_task()] = raw  # type: ignore[index]
         try:
             raw.pause_reading()
             starting = self._loop.start_tls(raw, handshake, context, server_side=True)

@@ -67,9 +67,9 @@ class TcpInfo(NamedTuple):
 def tcp_info(raw: Any) -> TcpInfo | None:
     """Return what the kernel knows of a TCP connection; `None` where it does not tell."""
     sock = raw.get_extra_info("socket")
-    if sys.platform != "linux" or sock is None or sock.family == socket.AF_UNIX:
+    if sys.platform != "linux" or sock is None:
         return None
-    try:  # struct tcp_info, of linux/tcp.h
+    try:  # struct tcp_info, of linux/tcp.h; a Unix socket has none
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
         since_sent, since_received, received, unsent, packets = struct.unpack_from("44xI4xI72xQ8xI4xI", info)
     except (OSError, struct.error):
@@ -87,9 +87,9 @@ def idle_time(raw: Any, *, unknown: float) -> float:
 
 def queue_length(listening: socket.socket) -> int:
     """Return how many connections wait in the queue of a listening socket; 0 where the kernel does not tell."""
-    if sys.platform != "linux" or listening.family == socket.AF_UNIX:
+    if sys.platform != "linux":
         return 0
-    try:
+    try:  # a Unix socket does not tell
         info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
         (count,) = struct.unpack_from("24xI", info)  # tcpi_unacked
     except (OSError, struct.error):

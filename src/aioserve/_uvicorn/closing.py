@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from aioserve._uvicorn.logs import pass_on_interrupts
 from aioserve._uvicorn.protocols import Observer, is_http, unanswered_cycles
 
 CLOSE = (b"connection", b"close")
 
 
-def announce_close(connection: Any, observer: Observer) -> None:
-    """Let every response of an HTTP connection that has not begun yet say "connection: close"."""
-    if not is_http(connection) or isinstance(connection.server_state, ClosingState):
-        return
+def announce_close(connection: Any, observer: Observer) -> int:
+    """
+    Let every response of an HTTP connection that has not begun yet say "connection: close".
+
+    Return how many handlers it has; an interrupt in one of them is passed on from here.
+    """
+    if not is_http(connection):
+        pass_on_interrupts(connection)
+        return 1
+    if isinstance(connection.server_state, ClosingState):
+        return 0
     connection.server_state = state = ClosingState(connection, observer)
-    for cycle in unanswered_cycles(connection):
+    cycles = unanswered_cycles(connection)
+    for cycle in cycles:
         cycle.default_headers = state.default_headers
+        pass_on_interrupts(cycle)
+    return len(cycles)
 
 
 def has_answered_since(connection: Any) -> bool:
