@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import re
 import signal
 import socket
@@ -335,6 +336,26 @@ def test_child_process_is_stopped_when_no_loop_runs(
     assert capfd.readouterr().out.splitlines() == [f"starting {server.pid}", "lifespan over"]
     ended = f"process {server.pid} was told to stop, and has ended"
     assert logged(caplog) == [LOGGED.replace("\\", "").format(server.url, ended)]
+
+
+@linux_only
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # of subprocess, and true
+def test_child_process_that_is_garbage_leaves_no_descriptor(
+    loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody leaves its block, and its loop is closed; its lifeline ends with it, so that it stops."""
+    before = set(os.listdir("/dev/fd"))
+    block = serving_process(TALKING)
+    server: ServerProcess = loop.run_until_complete(block.__aenter__())
+    pid, url = server.pid, server.url
+    loop.close()
+    del block, server
+    gc.collect()
+    assert set(os.listdir("/dev/fd")) <= before
+    assert os.waitpid(pid, 0)[1] == 0
+    assert capfd.readouterr().out.splitlines() == [f"starting {pid}", "lifespan over"]
+    (line,) = logged(caplog)
+    assert line.startswith(f"{url}: its event loop was closed before the server: process {pid} is told to stop")
 
 
 FORKING = """

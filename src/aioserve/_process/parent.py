@@ -21,6 +21,7 @@ from typing import IO, Any, Unpack
 
 from aioserve import _errors, _limits
 from aioserve._log import logger
+from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._options import Options
 from aioserve._process import messages
@@ -309,6 +310,16 @@ class ChildProcess(ServerTask):
         with suppress(RuntimeError):  # who waits for it is in the loop
             self._on_exit()
         return f"process {self.process.pid} was told to stop, and has ended"
+
+    def __del__(self) -> None:
+        """Leave no descriptor where its loop was closed; the child stops, since its lifeline ends as well."""
+        is_left = hasattr(self, "process") and not (self.closed.is_set() or self._is_abandoned)
+        if is_left and self._loop.is_closed() and self._forks == forks.count:
+            for descriptor in [self._events, *([] if self._pidfd is None else [self._pidfd])]:
+                os.close(descriptor)
+            self._lifeline.close()
+            what = f"process {self.process.pid} is told to stop, and not awaited; leave the block while the loop runs"
+            logger.warning("%s: its event loop was closed before the server: %s", self.urls[0], what)
 
     def _on_startup_timeout(self) -> None:
         self._startup_expired = True
