@@ -60,7 +60,7 @@ def run_suite(session: nox.Session, *options: str) -> None:
         "import platform; from importlib.metadata import version as v; "
         "print('uvicorn', v('uvicorn'), 'anyio', v('anyio'), 'python', platform.python_version(), flush=True)",
     )
-    session.run("python", "-m", "pytest", "-n", "2", "--every", "5", "--durations", "10", *options, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "2", "--every", "10", "--durations", "10", *options, *session.posargs)
 
 
 @nox.session(python=PYTHONS)

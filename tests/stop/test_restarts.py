@@ -13,7 +13,7 @@ import trustme
 from tests.helpers.processes import linux_only
 from tests.helpers.restarting import restart_child_under_load, restart_under_load, roll_under_load
 
-RESTARTS = 10
+RESTARTS = 5
 CLIENTS = 20
 
 
