@@ -116,7 +116,7 @@ class Closer:
     def _hang_up(self, raw: Any) -> None:
         """End a TLS connection whose data is sent; do not wait for the client's close_notify."""
         if self.lingering is not None and not raw.is_reading():
-            self.lingering.begin(raw)  # once more, if no descriptor was left before
+            self._linger(raw)  # once more, if no descriptor was left before
         if self.lingering is not None and raw in self.lingering:
             raw.abort()
         else:

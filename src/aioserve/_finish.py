@@ -101,11 +101,11 @@ class _Cancelling:
         return any(handler not in self._cancelled for handler in self._work.handlers())
 
     def cancel(self) -> None:
-        if self.has_more():
-            descriptions = dict(self._work.unfinished())
-            for handler in [each for each in self._work.handlers() if each not in self._cancelled]:
-                self._cancelled[handler] = descriptions.get(handler)
-                self._work.cancel(handler)
+        more = [handler for handler in self._work.handlers() if handler not in self._cancelled]
+        descriptions = dict(self._work.unfinished()) if more else {}
+        for handler in more:
+            self._cancelled[handler] = descriptions.get(handler)
+            self._work.cancel(handler)
 
     def descriptions(self) -> tuple[UnfinishedHandler, ...]:
         """Describe those that were cancelled, and whether they are still running."""

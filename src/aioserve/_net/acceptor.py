@@ -45,9 +45,8 @@ class Acceptor:
 
     has_rest: bool = False
     """Whether connections wait in the queues of sockets that are about to close."""
-    _reserve: int | None = None  # a descriptor to be closed when there is no other one for a connection
+    _reserve: int | None = None  # a descriptor that is closed to make room when no other is left
     _is_used: bool = False
-    _first_look: float | None = None  # when `drop_silent()` was called first
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class Acceptor:
         self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
         self._handshakes: dict[asyncio.Task[Any], asyncio.Transport] = {}
         self._context: contextvars.Context
-        self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._retries: dict[Listener, asyncio.TimerHandle] = {}
 
     def is_serving(self) -> bool:
         return self._serving and not self._loop.is_closed()
@@ -85,13 +84,12 @@ class Acceptor:
             listener.listen(self._backlog)
         self._serving = True
         self._context = context
-        context.run(self._add_readers)
-
-    def _add_readers(self) -> None:
         for listener in self._listeners:
-            # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
-            accept = self._accept_lent if listener.lent else self._accept
-            self._loop.add_reader(listener.socket.fileno(), accept, listener.socket)
+            context.run(self._add_reader, listener)
+
+    def _add_reader(self, listener: Listener) -> None:
+        # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
+        self._loop.add_reader(listener.socket.fileno(), self._accept, listener)
 
     def close(self) -> None:
         """
@@ -122,14 +120,13 @@ class Acceptor:
         """Accept what waits in the queues of our own sockets, and close each one whose queue is empty."""
         if self.has_rest:
             for listener in list(self._listeners):
-                sock = listener.socket
-                can_accept = not listener.lent and _is_readable(sock) and self._loop.is_running()
-                if can_accept and not self._context.run(self._accept, sock):
+                can_accept = not listener.lent and _is_readable(listener.socket) and self._loop.is_running()
+                if can_accept and not self._context.run(self._accept, listener):
                     continue
                 if self._is_used and not listener.lent:
                     with suppress(OSError):
                         # Also for the copies in other processes: C code can fork without Python's knowledge.
-                        sock.shutdown(socket.SHUT_RDWR)
+                        listener.socket.shutdown(socket.SHUT_RDWR)
                 listener.close()
                 self._listeners.remove(listener)
             self.has_rest = bool(self._listeners)
@@ -165,12 +162,14 @@ class Acceptor:
         return len(self.pending)
 
     def drop_silent(self, seconds: float) -> float:
-        """Drop TLS handshakes that have not moved for so long, and return when to look at the others again."""
-        if self._first_look is None:
-            self._first_look = self._loop.time() - seconds
+        """
+        Drop TLS handshakes that have not moved for so long, and return when to look at the others again.
+
+        Where the kernel does not tell, none has moved.
+        """
         left = seconds
         for task, raw in list(self._handshakes.items()):
-            idle = idle_time(raw, unknown=self._loop.time() - self._first_look)
+            idle = idle_time(raw, unknown=seconds)
             if idle >= seconds:
                 task.cancel()
             left = min(left, max(seconds - idle, _limits.SHORTEST_LOOK))
@@ -204,15 +203,13 @@ class Acceptor:
         if watch is not None:
             watch.stop()
 
-    def _accept_lent(self, sock: socket.socket) -> None:
-        sock.setblocking(False)  # its twin shares that, and somebody may have set it
-        self._accept(sock)
-
-    def _accept(self, sock: socket.socket) -> bool:
+    def _accept(self, listener: Listener) -> bool:
         """Accept what waits in a queue; return `False` if no descriptor is left for it."""
+        if listener.lent:
+            listener.socket.setblocking(False)  # its twin shares that, and somebody may have set it
         for _ in range(self._backlog + 1):  # Linux queues one more
             try:
-                connection = forks.accept(sock)
+                connection = forks.accept(listener.socket)
             except (BlockingIOError, InterruptedError):
                 return True
             except OSError as exc:
@@ -221,7 +218,7 @@ class Acceptor:
                 if exc.errno == errno.ENOTSOCK:
                     return True  # this is a fork, which has let go of it and runs the loop that it has a copy of
                 if self._serving:
-                    self._pause(sock, exc)
+                    self._pause(listener, exc)
                 elif self._release_reserve():
                     continue
                 return False
@@ -279,13 +276,10 @@ class Acceptor:
         if not self._serving:
             self._on_change()
 
-    def _pause(self, sock: socket.socket, exc: OSError) -> None:
+    def _pause(self, listener: Listener, exc: OSError) -> None:
         logger.error("cannot accept: %s; trying again in %g second", exc.strerror, _limits.ACCEPT_RETRY)
-        self._loop.remove_reader(sock.fileno())
-        self._retries[sock] = self._loop.call_later(_limits.ACCEPT_RETRY, self._resume, sock)
-
-    def _resume(self, sock: socket.socket) -> None:
-        self._loop.add_reader(sock.fileno(), self._accept, sock)
+        self._loop.remove_reader(listener.socket.fileno())
+        self._retries[listener] = self._loop.call_later(_limits.ACCEPT_RETRY, self._add_reader, listener)
 
 
 # A classic BPF program: load byte 13 of the TCP header, and accept the packet unless the SYN bit (2) is set in it.

@@ -25,7 +25,6 @@ class LingeringSockets:
 
     def __init__(self, *, on_end: Callable[[], object]) -> None:
         self._on_end = on_end
-        self._loop = asyncio.get_running_loop()
         self._sockets: dict[Any, _LingeringSocket] = {}
 
     def __len__(self) -> int:

@@ -85,7 +85,7 @@ class Listener:
             self.socket.listen(backlog)
         except OSError as exc:
             where = self._name or _where(self.host or "", self.port or 0)
-            hints = {errno.EADDRINUSE: "another server has begun to listen there meanwhile"}
+            hints = {errno.EADDRINUSE: "another server has begun to listen there"}
             if self.lent:
                 hints[errno.EINVAL] = _CONNECTION
             raise _cannot_listen(where, exc, hints.get(exc.errno or 0)) from exc

@@ -67,14 +67,21 @@ class TcpInfo(NamedTuple):
 def tcp_info(raw: Any) -> TcpInfo | None:
     """Return what the kernel knows of a TCP connection; `None` where it does not tell."""
     sock = raw.get_extra_info("socket")
-    if sys.platform != "linux" or sock is None:
+    fields = None if sock is None else _tcp_info_fields(sock, "44xI4xI72xQ8xI4xI")
+    if fields is None:
         return None
-    try:  # struct tcp_info, of linux/tcp.h; a Unix socket has none
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
-        since_sent, since_received, received, unsent, packets = struct.unpack_from("44xI4xI72xQ8xI4xI", info)
+    since_sent, since_received, received, unsent, packets = fields
+    return TcpInfo(since_sent / 1000, since_received / 1000, received, unsent, packets)
+
+
+def _tcp_info_fields(sock: Any, layout: str) -> tuple[int, ...] | None:
+    """Return fields of the `struct tcp_info` of linux/tcp.h; `None` on other systems, and for Unix sockets."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return struct.unpack(layout, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, struct.calcsize(layout)))
     except (OSError, struct.error):
         return None
-    return TcpInfo(since_sent / 1000, since_received / 1000, received, unsent, packets)
 
 
 def idle_time(raw: Any, *, unknown: float) -> float:
@@ -87,14 +94,8 @@ def idle_time(raw: Any, *, unknown: float) -> float:
 
 def queue_length(listening: socket.socket) -> int:
     """Return how many connections wait in the queue of a listening socket; 0 where the kernel does not tell."""
-    if sys.platform != "linux":
-        return 0
-    try:  # a Unix socket does not tell
-        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
-        (count,) = struct.unpack_from("24xI", info)  # tcpi_unacked
-    except (OSError, struct.error):
-        return 0
-    return int(count)
+    fields = _tcp_info_fields(listening, "24xI")  # tcpi_unacked
+    return 0 if fields is None else fields[0]
 
 
 def has_unsent(transport: Any, raw: Any) -> bool:
