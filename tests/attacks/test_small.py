@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -21,7 +22,8 @@ from typing import Any
 import anyio
 import pytest
 
-from aioserve import ServerCrashedError, serving, serving_process, start
+from aioserve import ServerCrashedError, _limits, serving, serving_process, start
+from aioserve._net import forks
 from aioserve._shutdown import Shutdown
 from aioserve._waiting import Condition
 from tests.helpers.apps import App, Receive, Scope, Send
@@ -249,6 +251,30 @@ async def test_lent_socket_that_is_set_to_blocking_does_not_stall_two_servers() 
                 await turns(5)
                 assert stalls.count == 0
                 assert one.stats.served + other.stats.served == count
+
+
+async def test_lent_socket_that_is_set_to_blocking_does_not_stall_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Accepting was paused for want of a descriptor, and goes on."""
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+    accept = forks.accept
+
+    def fail_once(sock: socket.socket) -> socket.socket:
+        if failures:
+            raise failures.pop()
+        return accept(sock)
+
+    monkeypatch.setattr(forks, "accept", fail_once)
+    monkeypatch.setattr(_limits, "ACCEPT_RETRY", MOMENT)
+    with socket.create_server(("127.0.0.1", 0)) as lent, Stalls(lent) as stalls:
+        async with serving(App(), sockets=[lent]) as server, connect(server) as client:
+            client.ask("/")
+            while failures:
+                await asyncio.sleep(0)
+            lent.setblocking(True)
+            await client.answer()
+        assert stalls.count == 0
 
 
 async def test_lent_socket_that_is_set_to_blocking_does_not_stall_where_its_owner_accepts_first() -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
-from aioserve import _limits, serving, serving_process, start
+from aioserve import Server, _limits, serving, serving_process, start
 from tests.helpers.apps import App
 from tests.helpers.clients import PIPELINING, connect
 from tests.helpers.processes import TALKING, asking, linux_only
@@ -73,12 +75,8 @@ async def test_shortest_of_several_closes_of_a_child_process_counts(
 # Grace periods.
 
 
-@pytest.mark.parametrize("http", PIPELINING)
-async def test_byte_that_comes_as_the_time_of_a_partial_request_ends_begins_it_anew(
-    http: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The byte is unread when the time ends, so the connection is not closed then; and it is not forgotten."""
-    monkeypatch.setattr(_limits, "PARTIAL_REQUEST", MOMENT)
+@asynccontextmanager
+async def stopping_with_half_a_request(http: str) -> AsyncIterator[tuple[Server, socket.socket, asyncio.Task[None]]]:
     server = await start(App(), http=http, shutdown_timeout=None)
     with socket.create_connection((server.host, server.port)) as client:
         client.sendall(b"GET / HT")
@@ -87,6 +85,16 @@ async def test_byte_that_comes_as_the_time_of_a_partial_request_ends_begins_it_a
         await turns(10)
         closing = asyncio.create_task(server.aclose())
         await turns(10)
+        yield server, client, closing
+
+
+@pytest.mark.parametrize("http", PIPELINING)
+async def test_byte_that_comes_as_the_time_of_a_partial_request_ends_begins_it_anew(
+    http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The byte is unread when the time ends, so the connection is not closed then; and it is not forgotten."""
+    monkeypatch.setattr(_limits, "PARTIAL_REQUEST", MOMENT)
+    async with stopping_with_half_a_request(http) as (server, client, closing):
         assert not closing.done()
         # Both timers end in one turn, this one first.
         asyncio.get_running_loop().call_later(MOMENT / 10, client.sendall, b"T")
@@ -106,14 +114,7 @@ async def test_rest_of_a_request_that_comes_as_its_time_ends_is_answered(
 ) -> None:
     """It is in the kernel's buffer at that moment."""
     monkeypatch.setattr(_limits, "PARTIAL_REQUEST", MOMENT)
-    server = await start(App(), http=http, shutdown_timeout=None)
-    with socket.create_connection((server.host, server.port)) as client:
-        client.sendall(b"GET / HT")
-        while not server.stats.connections:
-            await asyncio.sleep(0)
-        await turns(10)
-        closing = asyncio.create_task(server.aclose())
-        await turns(10)
+    async with stopping_with_half_a_request(http) as (_, client, closing):
         asyncio.get_running_loop().call_later(MOMENT / 10, client.sendall, b"TP/1.1\r\nhost: test\r\n\r\n")
         time.sleep(2 * MOMENT)  # noqa: ASYNC251 (it is to block the loop)
         async with asyncio.timeout(10):

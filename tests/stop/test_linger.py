@@ -61,6 +61,14 @@ def upload(connection: HTTPConnection) -> tuple[int, int]:
         return response.status, len(response.read())
 
 
+async def begin_upload(server: Server, app: Early) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send the head of a request; its body is still to come."""
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n")
+    await app.began.wait()
+    return reader, writer
+
+
 async def stop_with_early_answer(server: Server, app: Early, connection: HTTPConnection) -> tuple[int, int]:
     uploading = in_thread(lambda: upload(connection))
     await app.began.wait()
@@ -116,9 +124,7 @@ async def test_early_answer_that_is_on_its_way_when_the_stop_begins_arrives(http
 async def test_default_timeout_of_sockets_does_not_block_the_loop() -> None:
     app = Early(2)
     async with serving(app, shutdown_timeout=None) as server:
-        reader, writer = await asyncio.open_connection(server.host, server.port)
-        writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n")
-        await app.began.wait()
+        reader, writer = await begin_upload(server, app)
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(100)
         try:
@@ -195,9 +201,7 @@ async def test_client_that_is_silent_after_its_early_answer_does_not_hold_the_st
     """It has not sent all, and does not close."""
     app = Early(2)
     async with serving(app, shutdown_timeout=None) as server:
-        reader, writer = await asyncio.open_connection(server.host, server.port)
-        writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n")
-        await app.began.wait()
+        reader, writer = await begin_upload(server, app)
         server.close()
         app.go.set()
         assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
@@ -210,9 +214,7 @@ async def test_client_that_is_silent_after_its_early_answer_does_not_hold_the_st
 async def test_force_ends_what_lingers() -> None:
     app = Early(2)
     async with serving(app, shutdown_timeout=None) as server:
-        reader, writer = await asyncio.open_connection(server.host, server.port)
-        writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n")
-        await app.began.wait()
+        reader, writer = await begin_upload(server, app)
         server.close()
         app.go.set()
         assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
