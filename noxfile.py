@@ -41,15 +41,12 @@ WITHOUT_PROGRAMS = [
     f"--ignore=tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin")
 ]
 
-# What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols.
+# What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols. Each is there once.
 VARIANTS = [
-    ["--loop", "debug"],
-    ["--loop", "asyncio", "--http", "h11", "--ws", "websockets"],
+    ["--loop", "debug", "--http", "h11", "--ws", "websockets"],
     ["--loop", "asyncio", "--http", "httptools", "--ws", "websockets-sansio"],
-    ["--loop", "asyncio", "--http", "zttp", "--ws", "wsproto"],
+    ["--loop", "eager" if sys.version_info >= (3, 12) else "asyncio", "--http", "zttp", "--ws", "wsproto"],
 ]
-if sys.version_info >= (3, 12):
-    VARIANTS.append(["--loop", "eager"])
 
 
 def run_suite(session: nox.Session, *options: str) -> None:

@@ -37,4 +37,5 @@ if __name__ == "__main__":
     # Between two runs there are no handlers: a signal that comes too early must not end the program.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if asyncio.run(main()) == signal.SIGHUP:
+        os.set_inheritable(3, True)  # systemd's socket, for the program that takes this one's place
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
