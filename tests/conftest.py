@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -59,6 +60,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Apply the options to uvicorn's tables of protocols, and to the walks."""
+    # Programs would inherit it where the suite is run by nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     walk.every = config.getoption("--every")
     for option, protocols in (("--http", HTTP_PROTOCOLS), ("--ws", WS_PROTOCOLS)):
         chosen: dict[str, str | None] = dict(protocols)
