@@ -17,6 +17,7 @@ import uvicorn
 from aioserve import _limits
 from aioserve._closer import Closer
 from aioserve._finish import is_event_stream
+from aioserve._frames import find_inner_tasks
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
@@ -93,7 +94,8 @@ class Connections:
         return not (is_accepting or self.state.tasks or self._background)
 
     def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
-        return [(task, unfinished_handler(protocols.scope_of(task), task)) for task in self.state.tasks]
+        inner = find_inner_tasks()
+        return [(task, unfinished_handler(protocols.scope_of(task), task, inner)) for task in self.state.tasks]
 
     def has_more_requests(self, connection: Any) -> bool:
         """Whether a client has sent more requests, without waiting for an answer to the first."""

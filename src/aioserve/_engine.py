@@ -30,7 +30,7 @@ from aioserve._server_task import ServerTask
 from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
 from aioserve._uvicorn.protocols import scope_of
-from aioserve._waiting import Condition, start_task
+from aioserve._waiting import Condition, SlowStop, start_task
 
 
 class Engine(ServerTask):
@@ -166,7 +166,7 @@ class Engine(ServerTask):
                 logger.error("the clean-up failed as well: %s", describe_error(exc), exc_info=exc)
         await self._condition.wait_for(connections.is_finished, _limits.CANCELLED_HANDLERS, even_if_forced=True)
         try:
-            await self.lifespan.shutdown(0)
+            await self.lifespan.shutdown(0, SlowStop(self._condition, self.urls[0]))
         except ShutdownError as exc:
             logger.error("%s", exc, exc_info=exc)
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from aioserve import _limits
 from aioserve._log import logger
-from aioserve._report import Report, UnfinishedHandler
+from aioserve._report import Report, UnfinishedHandler, count, describe_handlers
 from aioserve._types import Scope
-from aioserve._waiting import Condition
+from aioserve._waiting import Condition, SlowStop
 
 
 def is_event_stream(scope: Scope) -> bool:
@@ -34,18 +34,22 @@ class Work(Protocol):
 async def finish(
     work: Work,
     condition: Condition,
+    slow_stop: SlowStop,
     *,
     name: str,
+    advice: str = "",
     budget: float | None,
     disconnect_after: float | None = None,
     since: float | None = None,
     is_expired: Callable[[], bool] = lambda: False,
+    deadline: Callable[[], float | None] = lambda: None,
 ) -> Report:
     """
     Let handlers finish; when their time is over, disconnect, cancel and drop what is left, and log that.
 
-    The condition is notified of their ends. The times are in seconds, `None` is no limit, and they count from now, or
-    from `since` in the loop's time. With `is_expired`, the budget can be cut short.
+    The condition is notified of their ends; `slow_stop` has the waits that may take long. The times are in seconds,
+    `None` is no limit, and they count from now, or from `since` in the loop's time. With `is_expired`, the budget can
+    be cut short; `deadline` says when that will be.
     """
     loop = asyncio.get_running_loop()
     since = loop.time() if since is None else since
@@ -56,12 +60,16 @@ async def finish(
     def is_over() -> bool:
         return work.is_finished() or is_expired()
 
+    def what_is_left() -> str:
+        handlers = [each for _, each in work.unfinished()]
+        return f"{count(len(handlers), 'handler')} ({describe_handlers(handlers)})" if handlers else "its connections"
+
     # Finish.
     if disconnect_after is not None and (budget is None or disconnect_after < budget):
         if disconnect_after:
-            await condition.wait_for(is_over, time_left(disconnect_after))
+            await slow_stop.wait_for(is_over, time_left(disconnect_after), what_is_left, deadline)
         work.disconnect_handlers()
-    await condition.wait_for(is_over, time_left(budget))
+    await slow_stop.wait_for(is_over, time_left(budget), what_is_left, deadline)
     if work.is_finished():
         return Report()
 
@@ -86,7 +94,7 @@ async def finish(
         await condition.turns(_limits.SETTLING_TURNS)
         report.cancelled = cancelling.descriptions()
     if report.was_forced:
-        logger.warning("%s", report.summary(name))
+        logger.warning("%s%s", report.summary(name), advice if report.disconnected or report.cancelled else "")
     return report
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
+from aioserve._frames import line_of
 from aioserve._log import logger
 from aioserve._types import ASGIApp, Message, Scope
-from aioserve._waiting import Condition, start_task
+from aioserve._waiting import Condition, SlowStop, start_task
 
 
 class Lifespan:
@@ -85,10 +86,13 @@ class Lifespan:
         if not await self._condition.wait_for(
             lambda: self._started or self._failure is not None or self.is_over, timeout
         ):
+            where = self._where()
             await self._abandon()
             if self._condition.forced:
                 raise StartupInterruptedError("the server was told to stop before the app's lifespan had started")
-            message = f"the app's lifespan did not start within startup_timeout={timeout:g} seconds; it was cancelled"
+            message = (
+                f"the app's lifespan did not start within startup_timeout={timeout:g} seconds{where}; it was cancelled"
+            )
             raise StartupTimeoutError(message) from TimeoutError(message)
 
         if self._failure is not None:
@@ -109,7 +113,7 @@ class Lifespan:
         if self._awaits_shutdown:
             self._shutdown.set()
 
-    async def shutdown(self, timeout: float | None) -> None:
+    async def shutdown(self, timeout: float | None, slow_stop: SlowStop) -> None:
         """
         Let the app shut down, within `timeout` seconds: at least `LIFESPAN_GRACE`, and no more than that when forced.
 
@@ -128,18 +132,21 @@ class Lifespan:
                 return self._awaits_more or self.is_over
 
             began = time()
-            ended = await self._condition.wait_for(has_ended, bound)
+            ended = await slow_stop.wait_for(
+                has_ended, bound, lambda: f"the shutdown of the app's lifespan{self._where()}"
+            )
             if self._condition.forced and not ended:
                 left = grace if bound is None else max(0.0, min(grace, began + bound - time()))
                 ended = await self._condition.wait_for(has_ended, left, even_if_forced=True)
             took = time() - began
+            where = "" if ended else self._where()
             if not self.is_over:
                 await self._abandon()
             if not ended:
                 outcome = "cancelled, and is still running" if self.is_stuck else "cancelled"
                 limit = "a forced stop" if self._condition.forced else "the shutdown_timeout, but at least 1 s"
                 allowed = f"{took:.3g} s ({limit})"
-                message = f"the app's lifespan did not shut down within {allowed}; it was {outcome}"
+                message = f"the app's lifespan did not shut down within {allowed}{where}; it was {outcome}"
                 raise ShutdownError(message) from (self._app_error() or TimeoutError(message))
 
         error = self._app_error()
@@ -224,6 +231,10 @@ class Lifespan:
                 self._refused = True
                 raise RuntimeError(f"a lifespan cannot send {other!r}; the scope's type is 'lifespan', not 'http'")
         self._condition.notify()
+
+    def _where(self) -> str:
+        where = "" if self.task is None else line_of(self.task)
+        return f", waiting at {where}" if where else ""
 
     def _app_error(self) -> BaseException | None:
         ours = self._abandoned and isinstance(self.error, asyncio.CancelledError)

@@ -10,6 +10,7 @@ from __future__ import annotations
 FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its first request
 PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
+SLOW_STOP = 1.0  # until a stop says what it waits for
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
 LIFESPAN_GRACE = 1.0  # for a lifespan to end that was cancelled, or is forced to shut down
 LINGER = 1.0  # for the next byte of a client that is still sending to a connection that is closed

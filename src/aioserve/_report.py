@@ -7,12 +7,13 @@ What a server says about itself: what it is doing, and how it was closed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from types import FrameType, SimpleNamespace
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
-_ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
+from aioserve._frames import InnerTasks, frames_of, is_in_thread, own_line, variable
 
 
 class Stats(SimpleNamespace):
@@ -35,18 +36,30 @@ class UnfinishedHandler(SimpleNamespace):
     """The request's path, without the query string; ``"?"`` where it is not known."""
     client: tuple[str, int] | None
     """The client's address and port; `None` where it has none, as on a Unix socket."""
+    route: str | None = None
+    """The path of the framework's route, like ``"/items/{item_id}"``; `None` where the scope has no `route`."""
+    endpoint: str | None = None
+    """The function of that route, like ``"main.read_item"``; `None` where the scope has no `endpoint`."""
+    line: str | None = None
+    """The innermost line of the program's own that it waits at; `None` where only libraries are waiting."""
     where: tuple[str, ...]
-    """The coroutines that were waiting for each other, outermost first, each with its file and line."""
+    """The coroutines that wait for each other, outermost first, each with its file and line."""
+    in_thread: bool = False
+    """Whether it waits for a thread, as a synchronous endpoint does; no cancellation ends that."""
     stuck: bool
     """Whether the handler was cancelled and was still running when the server had closed."""
 
     def __str__(self) -> str:
         # Quoted as in uvicorn's access log, so that no client can write a line of its own, or control a terminal.
         request = f"{_quoted(self.method)} {_quoted(self.path)}"
+        route = None if self.route == self.path else self.route
+        names = [*([f"route {route}"] if route else []), *([self.endpoint] if self.endpoint else [])]
+        named = f" ({', '.join(names)})" if names else ""
         client = _quoted(":".join(map(str, self.client))) if self.client else "?"
-        inner = [each for each in self.where if f"({_ASYNCIO}" not in each] or self.where
-        where = f" in {inner[-1]}" if inner else ""
-        return f"{request} from {client}{where}{', which is still running' if self.stuck else ''}"
+        line = self.line or (None if self.in_thread else next(reversed(self.where), None))
+        waiting = f", waiting at {line}" if line else ""
+        thread = ", in a thread, which goes on" if self.in_thread else ""
+        return f"{request}{named} from {client}{waiting}{thread}{', which is still running' if self.stuck else ''}"
 
 
 class Report(SimpleNamespace):
@@ -84,60 +97,66 @@ class Report(SimpleNamespace):
 
     def summary(self, name: str = "") -> str:
         """Say in one line what had to be forced, and which handlers these were; with the name of the server first."""
-        line = (
-            f"{name}{': ' if name else ''}forced shutdown: {_count(len(self.disconnected), 'handler')} disconnected, "
-            f"{len(self.cancelled)} cancelled, {_count(self.aborted, 'connection')} dropped"
+        line = f"{name}{': ' if name else ''}forced shutdown: {self._counts()}"
+        handlers = self._handlers()
+        return f"{line} ({handlers})" if handlers else line
+
+    def summary_of_test(self, url: str) -> str:
+        """Say it for the report of a test, where the handlers matter, and the port is a random one."""
+        handlers = self._handlers()
+        return f"{handlers}{': ' if handlers else ''}forced shutdown of {url}: {self._counts()}"
+
+    def _counts(self) -> str:
+        return (
+            f"{count(len(self.disconnected), 'handler')} disconnected, {len(self.cancelled)} cancelled, "
+            f"{count(self.aborted, 'connection')} dropped"
         )
-        handlers = [*self.cancelled, *self.disconnected]
-        shown = [*map(str, handlers[:5]), *(["..."] if len(handlers) > 5 else [])]
-        return f"{line} ({'; '.join(shown)})" if shown else line
+
+    def _handlers(self) -> str:
+        return describe_handlers([*self.cancelled, *self.disconnected])
+
+
+def describe_handlers(handlers: Sequence[UnfinishedHandler]) -> str:
+    return "; ".join([*map(str, handlers[:5]), *(["..."] if len(handlers) > 5 else [])])
 
 
 def _quoted(text: str) -> str:
     return quote(text, safe="/?:@[]!$&'()*+,;=", errors="backslashreplace")
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def unfinished_handler(scope: dict[str, Any], task: asyncio.Task[Any]) -> UnfinishedHandler:
+def unfinished_handler(
+    scope: Mapping[str, Any], task: asyncio.Task[Any], inner_tasks: InnerTasks = MappingProxyType({})
+) -> UnfinishedHandler:
+    frames = frames_of(task, inner_tasks)
+    # A middleware may have copied the scope before the framework put its route there.
+    scopes = (variable(frame, "scope") for frame in reversed(frames))
+    routed = next((each for each in scopes if isinstance(each, dict) and "endpoint" in each), scope)
     return UnfinishedHandler(
         method=scope.get("method") or ("WEBSOCKET" if scope.get("type") == "websocket" else "?"),
         path=scope.get("path", "?"),
         client=scope.get("client"),
-        where=_await_chain(task.get_coro()),
+        route=_text(getattr(routed.get("route"), "path", None)),
+        endpoint=_name_of(routed.get("endpoint")),
+        line=own_line(frames),
+        where=tuple(frames.values()),
+        in_thread=is_in_thread(frames),
         stuck=False,
     )
 
 
-def _await_chain(coroutine: object) -> tuple[str, ...]:
-    chain: dict[FrameType, str] = {}
-    while (frame := frame_of(coroutine)) is not None and frame not in chain:
-        name = getattr(coroutine, "__qualname__", frame.f_code.co_qualname)
-        chain[frame] = f"{name} ({frame.f_code.co_filename}:{frame.f_lineno})"
-        awaited = awaited_by(coroutine)
-        # A coroutine that has not begun may be one that a task factory has put around another one.
-        coroutine = next(coroutines_held_by(frame), None) if awaited is None else awaited
-    return tuple(chain.values())
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
-# What coroutines tell: also those of generators and of Cython, and nothing where they are something else.
-
-
-def frame_of(coroutine: object) -> FrameType | None:
-    return _first_of(coroutine, "cr_frame", "gi_frame", "ag_frame")  # type: ignore[no-any-return]
-
-
-def awaited_by(coroutine: object) -> object:
-    return _first_of(coroutine, "cr_await", "gi_yieldfrom", "ag_await")
-
-
-def _first_of(coroutine: object, *names: str) -> Any:
-    values = (getattr(coroutine, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
-
-
-def coroutines_held_by(frame: FrameType) -> Iterator[object]:
-    """The coroutines in the variables of a function, and in those of the functions around it that it uses."""
-    return (value for value in frame.f_locals.values() if hasattr(type(value), "cr_frame"))
+def _name_of(endpoint: object) -> str | None:
+    """The module and name of a function or a class; of another object those of its class."""
+    if endpoint is None:
+        return None
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func
+    named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
+    return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', '?')}"

@@ -16,11 +16,12 @@ from typing import Any
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, describe_error
 from aioserve._finish import finish, is_event_stream
+from aioserve._frames import find_inner_tasks
 from aioserve._lifespan import Lifespan
 from aioserve._log import logger
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._types import ASGIApp, Message, Receive, Scope, Send
-from aioserve._waiting import Condition, after_turns, let_die_quietly
+from aioserve._waiting import Condition, SlowStop, after_turns, let_die_quietly
 
 SERVICE_RESTART = 1012
 _REPLACED = b"The app that should have answered this was replaced. Please try again.\n"
@@ -70,12 +71,14 @@ class RunningApp:
 
         # When the loop ends, this task and the server's are both cancelled; the server calls end() after its requests.
         await self._condition.wait_for(lambda: self._retired or self._ended or self.lifespan.died, even_if_forced=True)
+        name = "the replaced app"
+        slow_stop = SlowStop(self._condition, name)
         if self._retired:
-            await finish(self, self._condition, name="the replaced app", budget=self._shutdown_timeout)
+            await finish(self, self._condition, slow_stop, name=name, budget=self._shutdown_timeout)
         elif not self._ended:
             self._on_death(self)
         try:
-            await self.lifespan.shutdown(self._shutdown_timeout)
+            await self.lifespan.shutdown(self._shutdown_timeout, slow_stop)
         except ShutdownError as exc:
             self.error = exc
 
@@ -123,7 +126,8 @@ class RunningApp:
         return () if self.is_finished() else self._calls
 
     def unfinished(self) -> list[tuple[_Call, UnfinishedHandler]]:
-        return [(call, unfinished_handler(call.scope, call.task)) for call in self._calls]
+        inner = find_inner_tasks()
+        return [(call, unfinished_handler(call.scope, call.task, inner)) for call in self._calls]
 
     def disconnect_handlers(self) -> None:
         for call in self._calls:

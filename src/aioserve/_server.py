@@ -47,14 +47,29 @@ class ServerHandle:
         return list(self._engine.urls)
 
     @property
-    def host(self) -> str | None:
-        """The first address that it is bound to, as the system gives it; `None` for a Unix socket."""
-        return self._engine.listeners[0].host
+    def ws_url(self) -> str:
+        """The same for WebSockets: ``"ws://127.0.0.1:8000"``, ``"wss://..."`` with TLS, or ``"ws+unix://..."``."""
+        return "ws" + self.url.removeprefix("http")
 
     @property
-    def port(self) -> int | None:
-        """The port of the first address: the real one where 0 was asked for; `None` for a Unix socket."""
-        return self._engine.listeners[0].port
+    def host(self) -> str:
+        """
+        The first address that it is bound to, as the system gives it.
+
+        Raises:
+            AttributeError: It listens on a Unix socket; ``getattr(server, "host", None)`` is `None` then.
+        """
+        return self._first_address()[0]
+
+    @property
+    def port(self) -> int:
+        """
+        The port of the first address: the real one where 0 was asked for.
+
+        Raises:
+            AttributeError: It listens on a Unix socket; ``getattr(server, "port", None)`` is `None` then.
+        """
+        return self._first_address()[1]
 
     @property
     def report(self) -> Report | None:
@@ -180,6 +195,7 @@ class ServerHandle:
             nonlocal cancellations
             cancellations += 1
             if cancellations > 1:
+                logger.warning("%s: a second cancellation forces the stop", self.url)
                 self.close(timeout=0)
 
         first = late if cancellations else None
@@ -194,6 +210,12 @@ class ServerHandle:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"an aioserve.{type(self).__name__} cannot be pickled; pass its url instead")
+
+    def _first_address(self) -> tuple[str, int]:
+        first = self._engine.listeners[0]
+        if first.host is None or first.port is None:
+            raise AttributeError(f"a server on a Unix socket has no host and no port; its url is {self.url!r}")
+        return first.host, first.port
 
     def _status(self) -> str:
         raise NotImplementedError

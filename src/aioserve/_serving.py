@@ -27,6 +27,7 @@ The exit contract, which is what the rest of this package is for:
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -156,6 +157,10 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     if server._engine.closed.is_set():
         signals.release()
     server._engine.on_closed = signals.release
+    if "IPython" in sys.modules:
+        from aioserve._ipython import warn_if_loop_pauses  # only where it can be needed
+
+        warn_if_loop_pauses(server.url)
     return server
 
 
@@ -239,7 +244,10 @@ async def bind(settings: Settings, signals: Signals) -> list[Listener]:
 
 def stop_by_signal(server: ServerHandle, signals: Signals) -> None:
     """Close a server at a signal, while there is no body to cancel."""
-    logger.info("%s: stopping %s", signals.first, server.url)
+    if signals.count > 1:
+        logger.warning("%s: a second signal forces the stop of %s", signals.latest, server.url)
+    else:
+        logger.info("%s: stopping %s", signals.first, server.url)
     server.close(timeout=0 if signals.count > 1 or not server._engine.started else None)
 
 
@@ -348,6 +356,7 @@ class ServingContext(Generic[Handle]):
     def _end_by_signal(self) -> None:
         assert self._signals is not None
         if self._signals.count > 1:
+            logger.warning("%s: a second signal forces the stop of %s", self._signals.latest, self._server.url)
             self._server.close(timeout=0)
         if self._body.interrupt():
             logger.info("%s: cancelling the block of %s", self._signals.first, self._server.url)

@@ -18,6 +18,7 @@ from aioserve._limits import check_timeout
 from aioserve._net import listeners
 from aioserve._options import TIMEOUTS, App
 from aioserve._uvicorn.config import make_config
+from aioserve._uvicorn.logs import warn_if_unseen
 
 _HOST = "127.0.0.1"
 _UDS_MODE = 0o600
@@ -90,6 +91,8 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
         stop_on_signals=_signals(options),
         **_timeouts(options),
     )
+    if options.get("log_level") is not None or options.get("access_log"):
+        warn_if_unseen(level=options.get("log_level"), access_log=options.get("access_log", False))
     systemd = options.get("systemd")
     return settings._replace(**_notifications(systemd)) if systemd else settings
 

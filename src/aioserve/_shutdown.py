@@ -31,9 +31,11 @@ from aioserve._finish import finish
 from aioserve._lifespan import Lifespan
 from aioserve._report import Report
 from aioserve._settings import Settings
-from aioserve._waiting import Condition
+from aioserve._waiting import Condition, SlowStop
 
 _event_lock = threading.Lock()
+_HOW_TO_FORCE = "; a second signal, or close(timeout=0), forces the stop"
+_HOW_TO_END_SOONER = "; let long handlers watch server.stopping, or set disconnect_after"
 
 
 class Shutdown:
@@ -127,11 +129,12 @@ class Shutdown:
 
         if not self._has_stopped_accepting:
             self._stop_accepting()
-        report = Report() if self._connections.is_finished() else await self._finish()
+        slow_stop = SlowStop(self._condition, self._name, _HOW_TO_FORCE)
+        report = Report() if self._connections.is_finished() else await self._finish(slow_stop)
 
         error = None
         try:
-            await self._lifespan.shutdown(self._settings.shutdown_timeout)
+            await self._lifespan.shutdown(self._settings.shutdown_timeout, slow_stop)
         except ShutdownError as exc:
             error = exc
         report.duration = self._loop.time() - asked_at
@@ -146,7 +149,7 @@ class Shutdown:
             self._lifespan.request_shutdown()
         self._has_stopped_accepting = True
 
-    async def _finish(self) -> Report:
+    async def _finish(self, slow_stop: SlowStop) -> Report:
         connections, condition = self._connections, self._condition
         # Settle.
         if not connections.is_settled():
@@ -159,9 +162,12 @@ class Shutdown:
         return await finish(
             connections,
             condition,
+            slow_stop,
             name=self._name,
+            advice=_HOW_TO_END_SOONER,
             budget=self._settings.shutdown_timeout,
             disconnect_after=self._settings.disconnect_after,
             since=began,
             is_expired=lambda: self.is_expired,
+            deadline=lambda: self._deadline,
         )

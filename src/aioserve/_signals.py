@@ -50,6 +50,7 @@ class Signals:
 
     def __init__(self, wanted: Sequence[int] = (), *, owns_process: bool = False) -> None:
         self.first: str | None = None  # the name of the first signal that came
+        self.latest: str | None = None
         self.count: int = 0  # how many have come; without SIGHUP, which a terminal that closes may send twice
         self.wanted = wanted
         self.is_interrupting: bool = False  # whether a signal is to raise `Interrupted`
@@ -184,8 +185,9 @@ class Signals:
     def record(self, signum: int) -> None:
         """Record a signal, in its handler."""
         self.count += signum != SIGHUP
+        self.latest = signal_name(signum)
         if self.first is None:
-            self.first = signal_name(signum)
+            self.first = self.latest
         if signum in self._callbacks:
             self._callbacks[signum]()
         self._loop.call_soon_threadsafe(self._act)  # which also wakes the loop

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import anyio
 
 from aioserve import _limits
+from aioserve._log import logger
 
 T = TypeVar("T")
 
@@ -156,3 +157,40 @@ class Condition:
             await waiter
         except asyncio.CancelledError:
             self.force()
+
+
+class SlowStop:
+    """The waits of one stop: if they take longer than a second, a warning says once what it waits for."""
+
+    _has_warned: bool = False
+
+    def __init__(self, condition: Condition, name: str, advice: str = "") -> None:
+        self._condition = condition
+        self._name = name
+        self._advice = advice
+        self._time = asyncio.get_running_loop().time
+        self._since = self._time()
+
+    async def wait_for(
+        self,
+        predicate: Callable[[], bool],
+        timeout: float | None,
+        what: Callable[[], str],
+        deadline: Callable[[], float | None] = lambda: None,
+    ) -> bool:
+        """Wait as the condition does; the warning calls `what`, and says which of timeout and deadline is earlier."""
+        early = max(0.0, self._since + _limits.SLOW_STOP - self._time())
+        if not self._has_warned and (timeout is None or timeout > early):
+            if await self._condition.wait_for(predicate, early) or self._condition.forced:
+                return predicate()
+            timeout = None if timeout is None else timeout - early
+            self._has_warned = True
+            logger.warning(
+                "%s: the stop waits for %s, %s%s", self._name, what(), self._at_most(timeout, deadline()), self._advice
+            )
+        return await self._condition.wait_for(predicate, timeout)
+
+    def _at_most(self, timeout: float | None, deadline: float | None) -> str:
+        left = [] if timeout is None else [timeout]
+        left += [] if deadline is None else [max(0.0, deadline - self._time())]
+        return f"for at most {min(left):.{0 if min(left) >= 2 else 1}f} s" if left else "without a limit"

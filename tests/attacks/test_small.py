@@ -369,7 +369,7 @@ async def test_report_names_a_handler_behind_many_wrapping_coroutines(http: str,
     assert server.report is not None
     (handler,) = server.report.cancelled
     assert (handler.method, handler.path) == ("GET", "/hold")
-    assert " in App.request (" in str(handler)
+    assert ", waiting at App.request (" in str(handler)
 
 
 # Forks during a bind.
@@ -400,7 +400,7 @@ async def test_port_is_free_after_the_block_although_a_thread_forks_all_the_time
     before = sockets_of("self")
     over = threading.Event()
     children: list[int] = []
-    ports: list[int | None] = []
+    ports: list[int] = []
     thread = threading.Thread(target=fork)
     thread.start()
     until = time.monotonic() + 2

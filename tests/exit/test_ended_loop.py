@@ -70,7 +70,7 @@ def drive(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 
 def ask(server: Server, request: bytes) -> socket.socket:
-    client = socket.socket(socket.AF_UNIX if server.port is None else socket.AF_INET)
+    client = socket.socket(socket.AF_UNIX if "+unix:" in server.url else socket.AF_INET)
     client.settimeout(10)
     listener = server.sockets[0]
     client.connect(listener.getsockname())
@@ -274,7 +274,6 @@ def test_connections_with_tls_end_when_no_loop_runs(
     app = Simple()
     block = serving(app, **options)
     server = loop.run_until_complete(block.__aenter__())
-    assert server.port is not None
     thread = threading.Thread(target=ask_for_ever, args=(server.port,))
     thread.start()
     loop.run_until_complete(app.holding.wait())

@@ -61,7 +61,7 @@ class Connection:
 
 @asynccontextmanager
 async def connect(server: Server) -> AsyncIterator[Connection]:
-    if server.host is None:
+    if "+unix:" in server.url:
         reader, writer = await asyncio.open_unix_connection(unquote(server.url.partition("://")[2]))
     else:
         reader, writer = await asyncio.open_connection(server.host, server.port)

@@ -31,7 +31,6 @@ async def get(server: ServerProcess, path: str = "/") -> httpx.Response:
 
 @contextlib.asynccontextmanager
 async def asking(server: ServerProcess, path: str) -> AsyncIterator[asyncio.StreamReader]:
-    assert server.port is not None
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(f"GET {path} HTTP/1.1\r\nhost: test\r\n\r\n".encode())
     try:
@@ -42,8 +41,7 @@ async def asking(server: ServerProcess, path: str) -> AsyncIterator[asyncio.Stre
             await writer.wait_closed()
 
 
-def is_free(port: int | None) -> bool:
-    assert port is not None
+def is_free(port: int) -> bool:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

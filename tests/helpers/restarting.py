@@ -138,7 +138,6 @@ async def roll_under_load(
     """
     app = Counting()
     server = await start(app, reuse_port=True, **options)
-    assert server.port is not None
     async with load(server.port, clients, kind, certificate) as counts:
         for number in range(restarts):
             new = Slow(app, clients, fails=number % 5 == 4)

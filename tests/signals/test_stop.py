@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import signal
 import threading
@@ -14,9 +15,10 @@ from typing import Any
 import anyio
 import pytest
 
-from aioserve import StartupInterruptedError, serve, serving, start
+from aioserve import Server, StartupInterruptedError, serve, serving, start
 from tests.helpers.apps import App
-from tests.helpers.ways import WAYS, Way
+from tests.helpers.clients import connect
+from tests.helpers.ways import WAYS, Way, by_serving, by_start
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -75,11 +77,42 @@ async def test_cancellation_wins_over_a_stop_signal(native: bool, calls: list[st
     assert task.cancelling() == int(native)
 
 
-async def test_second_stop_signal_cancels_the_body_again(calls: list[str]) -> None:
+@pytest.mark.parametrize("way", [by_serving, by_start])
+async def test_second_stop_signal_says_that_it_forces(
+    way: Way, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its own name, in a warning, which is seen where no logging is set up."""
+    app = App()
+    tasks = []
+    url = ""
+
+    async def body(server: Server) -> None:
+        nonlocal url
+        url = server.url
+        tasks.append(asyncio.create_task(ask(server)))
+        await app.holding.wait()
+
+    async def ask(server: Server) -> None:
+        async with connect(server) as client:
+            client.ask("/hold")
+            await server.stopping.wait()
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(0)
+            signal.raise_signal(signal.SIGINT)
+            await client.rest()
+
+    await way(app, body, stop_on_signals=True)
+    await asyncio.wait(tasks)
+    lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert lines[0] == f"SIGINT: a second signal forces the stop of {url}"
+    assert lines[1].startswith(f"{url}: forced shutdown: ")
+
+
+async def test_second_stop_signal_cancels_the_body_again(calls: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """Otherwise a clean-up that hangs could only be killed."""
     seen = []
 
-    async with serving(App(), stop_on_signals=True):
+    async with serving(App(), stop_on_signals=True) as server:
         try:
             signal.raise_signal(signal.SIGTERM)
             await asyncio.Event().wait()
@@ -94,6 +127,7 @@ async def test_second_stop_signal_cancels_the_body_again(calls: list[str]) -> No
     assert task is not None
     assert task.cancelling() == 0
     assert seen == ["over"]
+    assert f"SIGTERM: a second signal forces the stop of {server.url}" in caplog.messages
 
 
 async def test_stop_signal_ends_a_block_whose_server_has_closed(calls: list[str]) -> None:

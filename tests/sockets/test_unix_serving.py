@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import stat
 import urllib.parse
@@ -32,7 +33,13 @@ async def test_server_answers_at_its_unix_path(path: str) -> None:
 
     async with serving(app, uds=path, lifespan="off") as server:
         assert server.url == f"http+unix://{path.replace('/', '%2F')}"
-        assert (server.host, server.port) == (None, None)
+        for name in ("host", "port"):
+            with pytest.raises(
+                AttributeError,
+                match=re.escape(f"a server on a Unix socket has no host and no port; its url is {server.url!r}"),
+            ):
+                getattr(server, name)
+        assert server.ws_url == "ws" + server.url.removeprefix("http")
         assert await answers(path)
     assert scopes[0]["server"] == (path, None)
     assert not os.path.lexists(path)

@@ -218,10 +218,7 @@ async def test_handler_that_is_disconnected_when_the_budget_is_over_is_reported(
             (handler,) = server.report.disconnected
             assert (handler.method, handler.path) == ("GET", "/endless")
             (line,) = logged
-            assert (
-                "forced shutdown: 1 handler disconnected, 0 cancelled, 0 connections dropped (GET /endless from "
-                in line
-            )
+            assert "forced shutdown: 1 handler disconnected, 0 cancelled, 0 connections dropped (GET /endless (" in line
         else:
             assert server.report.disconnected == ()
             assert logged == []

@@ -39,7 +39,8 @@ async def test_handlers_are_cancelled_and_awaited_when_the_budget_is_over(
     (line,) = (record.message for record in caplog.records if record.levelno >= logging.WARNING)
     assert re.fullmatch(
         rf"{server.url}: forced shutdown: 0 handlers disconnected, 1 cancelled, 0 connections dropped "
-        r"\(GET /hold from 127\.0\.0\.1:\d+ in App\.request \(.*apps\.py:\d+\)\)",
+        r"\(GET /hold from 127\.0\.0\.1:\d+, waiting at App\.request \(.*apps\.py:\d+\)\); let long handlers watch "
+        r"server\.stopping, or set disconnect_after",
         line,
     )
     report = server.report

@@ -152,7 +152,7 @@ async def test_report_names_a_request_whose_task_was_wrapped(wrap: Wrap, http: s
     (handler,) = server.report.cancelled
     assert (handler.method, handler.path) == ("GET", "/hang")
     assert handler.client is not None
-    assert " in hang (" in str(handler)
+    assert ", waiting at hang (" in str(handler)
     assert [name.split(" ")[0].rpartition(".")[2] for name in handler.where][-3:] == ["app", "hang", "wait"]
 
 
@@ -166,7 +166,7 @@ async def test_report_names_a_websocket_whose_task_was_wrapped(wrap: Wrap, ws: s
     assert server.report is not None
     (handler,) = server.report.cancelled
     assert (handler.method, handler.path) == ("WEBSOCKET", "/")
-    assert " in hang (" in str(handler)
+    assert ", waiting at hang (" in str(handler)
 
 
 @each_wrapper
@@ -182,7 +182,7 @@ async def test_report_names_a_request_of_a_swappable_app_whose_task_was_wrapped(
             (running,) = swappable._running
             ((_, handler),) = running.unfinished()
             assert (handler.method, handler.path) == ("GET", "/hold")
-            assert " in App.request (" in str(handler)
+            assert ", waiting at App.request (" in str(handler)
             app.release.set()
             await client.answer()
             await swappable.swap(other)

@@ -169,7 +169,7 @@ async def test_handler_that_swallows_its_cancellation_does_not_block_a_swap(capl
         await first.holding.wait()
         await swappable.swap(Named("other"), shutdown_timeout=0)
         assert first.life == WHOLE_LIFE
-        assert re.search(r"\(GET /cling from 127.* in .*, which is still running\)", caplog.text)
+        assert re.search(r"\(GET /cling from 127.*, waiting at .*, which is still running\)", caplog.text)
         first.release.set()
         assert await connection.reader.readuntil(b"first")
 

@@ -57,8 +57,8 @@ async def members(server: Server) -> None:
     """Use every member of a server."""
     assert_type(server.url, str)
     assert_type(server.urls, list[str])
-    assert_type(server.host, str | None)
-    assert_type(server.port, int | None)
+    assert_type(server.host, str)
+    assert_type(server.port, int)
     assert_type(server.sockets, tuple[socket.socket, ...])
     assert_type(server.state, dict[str, Any])
     assert_type(server.stats, Stats)
@@ -76,7 +76,7 @@ async def process() -> None:
     async with serving_process("package.module:app", port=8000, stop_on_signals=True) as server:
         assert_type(server, ServerProcess)
         assert_type(server.url, str)
-        assert_type(server.port, int | None)
+        assert_type(server.port, int)
         assert_type(server.pid, int)
         assert_type(server.returncode, int | None)
         assert_type(server.report, Report | None)

@@ -64,7 +64,8 @@ def options_for_child(app: object, options: Mapping[str, Any]) -> dict[str, Any]
 
 
 def ready(server: Server) -> Event:
-    return {"event": "ready", "url": server.url, "urls": server.urls, "host": server.host, "port": server.port}
+    host, port = getattr(server, "host", None), getattr(server, "port", None)  # not on a Unix socket
+    return {"event": "ready", "url": server.url, "urls": server.urls, "host": host, "port": port}
 
 
 def failed(error: BaseException) -> Event:

@@ -12,6 +12,8 @@ from typing import Any
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.utils import ClientDisconnected
 
+from aioserve._log import logger
+
 # What uvicorn logs of a handler that has left its response unfinished.
 _UNFINISHED = tuple(
     f"ASGI callable returned without {what}."
@@ -39,7 +41,7 @@ def silence_expected_errors(handled: Any, on_unfinished: Callable[[], object] | 
     `on_unfinished` is called where a handler has left its response unfinished.
     """
     _replace_logger(
-        handled, _quiet_logger if on_unfinished is None else lambda logger: _QuietLogger(logger, on_unfinished)
+        handled, _quiet_logger if on_unfinished is None else lambda replaced: _QuietLogger(replaced, on_unfinished)
     )
 
 
@@ -93,6 +95,25 @@ def _is_expected(exc: BaseException | None) -> bool:
 
 _interruptible_logger = functools.cache(_InterruptibleLogger)
 _quiet_logger = functools.cache(_QuietLogger)
+
+
+def warn_if_unseen(*, level: str | int | None, access_log: bool) -> None:
+    """Log it if these options, which ask for lines at level INFO, show nothing; one line for both."""
+    asking = [("access_log=True", "uvicorn.access")] if access_log else []
+    if level in ("info", "debug", "trace") or (isinstance(level, int) and level <= logging.INFO):
+        asking.append((f"log_level={level!r}", "uvicorn.error"))
+    for option, name in asking:
+        asked = logging.getLogger(name)
+        if not asked.hasHandlers():
+            why = f"the logger {name} has no handler"
+            remedy = 'call logging.basicConfig(level="INFO") before, or pass log_config=uvicorn.config.LOGGING_CONFIG'
+        elif not asked.isEnabledFor(logging.INFO):
+            why = f"the logger {name} is not enabled for INFO"
+            remedy = 'pass log_level="info", or set the level of that logger'
+        else:
+            continue
+        logger.warning("%s shows nothing, since %s; %s", option, why, remedy)
+        return
 
 
 def log_config(level: str | int | None) -> dict[str, Any]:

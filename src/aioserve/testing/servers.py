@@ -97,7 +97,7 @@ class CheckedServer:
         report = self.server.report
         if report is None or not (report.aborted or report.cancelled):
             return None  # a lifespan that is stuck has raised an error already
-        summary = report.summary(self.server.url)
+        summary = report.summary_of_test(self.server.url)
         if any(handler.stuck for handler in report.cancelled) and sys.__stderr__ is not None:
             # pytest shows what it captures only when the test has ended; this one may not, since its loop waits.
             print(f"\naioserve: {summary}", file=sys.__stderr__, flush=True)
