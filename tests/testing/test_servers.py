@@ -177,8 +177,8 @@ async def test_handler_that_is_stuck_is_reported_to_the_uncaptured_standard_erro
 
 
 def test_live_servers_can_be_started_by_many_threads() -> None:
-    """They share one loop."""
+    """Each in a loop of its own."""
     with LiveServers() as servers, ThreadPoolExecutor(8) as executor:
         started = list(executor.map(lambda _: servers.start(App()), range(8)))
         assert len({server.url for server in started}) == 8
-        assert len({server._loop for server in started}) == 1
+        assert len({server._loop for server in started}) == 8
