@@ -1,0 +1,121 @@
+"""
+Whole programs with a server in a thread: what the interpreter's exit and Ctrl+C do to it.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.helpers.clients import REQUEST
+from tests.helpers.forking import ALLOWED
+from tests.helpers.programs import Program
+
+
+@contextmanager
+def running(loop: str, end: str) -> Iterator[Program]:
+    with Program(*ALLOWED, "-m", "tests.helpers.threaded", loop, end) as program:
+        yield program
+
+
+@contextmanager
+def asking(program: Program, path: str) -> Iterator[socket.socket]:
+    """Send a request, and wait until its handler has begun."""
+    url = urlsplit(program.wait_for("http"))
+    with socket.create_connection((url.hostname, url.port), timeout=10) as client:
+        client.sendall(REQUEST % path.encode())
+        program.wait_for(f"asked {path}")
+        yield client
+
+
+def answer(client: socket.socket) -> bytes:
+    received = b""
+    while chunk := client.recv(1000):
+        received += chunk
+    return received
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "error"),
+    [
+        ("falls_off_the_end", 0, ""),
+        ("exits", 3, ""),
+        ("raises", 1, "LookupError: the program's own\n"),
+        ("forgets_it_in_a_process", 0, ""),
+    ],
+)
+def test_forgotten_server_in_a_thread_is_stopped_when_the_program_ends(
+    end: str, code: int, error: str, loop_name: str
+) -> None:
+    """The request in flight is answered, by a handler that still has its threads; the lifespan ends."""
+    with running(loop_name, end) as program, asking(program, "/wait") as client:
+        assert answer(client).endswith(b"hello")
+        found, printed = program.end()
+    assert found == code
+    assert printed[-len(error) :] == error
+    assert printed.count("Error") == error.count("Error")
+    assert "lifespan over" in program.said
+    assert end != "forgets_it_in_a_process" or program.said[-1] == "exit code 0"
+
+
+def test_failed_shutdown_of_a_forgotten_server_is_logged(loop_name: str) -> None:
+    """Since nobody is there to raise it to."""
+    with running(loop_name, "fails_to_shut_down") as program, asking(program, "/wait") as client:
+        assert answer(client).endswith(b"hello")
+        code, printed = program.end()
+    assert code == 0
+    logged = r"aioserve: http://127\.0\.0\.1:\d+: the app's lifespan failed to shut down: AppError: the app's own\n"
+    assert len(re.findall(logged, printed)) == 1
+
+
+def test_forked_child_ends_without_the_server_in_a_thread_of_its_parent(loop_name: str) -> None:
+    """It can start its own ones, and forget them; the parent's server goes on."""
+    with running(loop_name, "forks") as program, asking(program, "/wait") as client:
+        assert answer(client).endswith(b"hello")
+        assert program.end() == (0, "")
+    assert program.said.index("the child ends") < program.said.index("the parent ends")
+    assert program.said[-1] == "lifespan over"
+
+
+@pytest.mark.parametrize("end", ["sleeps_in_its_block", "waits_until_it_closes"])
+def test_interrupt_in_the_block_of_a_server_in_a_thread_stops_it_gracefully(end: str, loop_name: str) -> None:
+    """KeyboardInterrupt comes out."""
+    with running(loop_name, end) as program, asking(program, "/wait") as client:
+        program.send(signal.SIGINT)
+        assert answer(client).endswith(b"hello")
+        code, printed = program.end()
+    assert code == -signal.SIGINT
+    assert printed.endswith("KeyboardInterrupt\n")
+    assert program.said[-1] == "lifespan over"
+
+
+@pytest.mark.parametrize("end", ["sleeps_in_its_block", "stops", "falls_off_the_end"])
+def test_interrupt_of_the_stop_of_a_server_in_a_thread_forces(end: str, loop_name: str) -> None:
+    """Also when it was forgotten, and the program ends already; the second interrupt where the first ended the block."""
+    with running(loop_name, end) as program, asking(program, "/hold") as client:
+        if end == "sleeps_in_its_block":
+            program.send(signal.SIGINT)
+        program.wait_for("stopping")
+        program.send(signal.SIGINT)
+        assert b"500 Internal Server Error" in answer(client)
+        code, printed = program.end()
+    assert code == (0 if end == "falls_off_the_end" else -signal.SIGINT)
+    assert "1 cancelled" in printed
+    assert program.said[-2:] == ["cancelled", "lifespan over"]
+
+
+def test_interrupt_of_the_start_of_a_server_in_a_thread_leaves_nothing(loop_name: str) -> None:
+    """The lifespan has ended before KeyboardInterrupt comes out."""
+    with running(loop_name, "hangs_in_its_startup") as program:
+        program.wait_for("starting")
+        program.send(signal.SIGINT)
+        code, printed = program.end()
+    assert code == -signal.SIGINT
+    assert printed.endswith("KeyboardInterrupt\n")
+    assert program.said == ["starting", "lifespan over"]
