@@ -84,11 +84,13 @@ def fails_to_shut_down() -> None:
 
 def sleeps_in_its_block() -> None:
     with started():
+        print("in the block", flush=True)
         time.sleep(60)
 
 
 def waits_until_it_closes() -> None:
     with started() as server:
+        print("in the block", flush=True)
         server.wait_closed()
 
 

@@ -59,7 +59,7 @@ def test_forgotten_server_in_a_thread_is_stopped_when_the_program_ends(
         found, printed = program.end()
     assert found == code
     assert printed[-len(error) :] == error
-    assert printed.count("Error") == error.count("Error")
+    assert "aioserve: " not in printed
     assert "lifespan over" in program.said
     assert end != "forgets_it_in_a_process" or program.said[-1] == "exit code 0"
 
@@ -87,25 +87,28 @@ def test_forked_child_ends_without_the_server_in_a_thread_of_its_parent(loop_nam
 def test_interrupt_in_the_block_of_a_server_in_a_thread_stops_it_gracefully(end: str, loop_name: str) -> None:
     """KeyboardInterrupt comes out."""
     with running(loop_name, end) as program, asking(program, "/wait") as client:
+        program.wait_for("in the block")
         program.send(signal.SIGINT)
         assert answer(client).endswith(b"hello")
         code, printed = program.end()
-    assert code == -signal.SIGINT
+    assert code  # 1, not -2, where anything is compiled after the interrupt, as for a named tuple
     assert printed.endswith("KeyboardInterrupt\n")
     assert program.said[-1] == "lifespan over"
 
 
 @pytest.mark.parametrize("end", ["sleeps_in_its_block", "stops", "falls_off_the_end"])
 def test_interrupt_of_the_stop_of_a_server_in_a_thread_forces(end: str, loop_name: str) -> None:
-    """Also when it was forgotten, and the program ends already; the second interrupt where the first ended the block."""
+    """Also where it was forgotten, and the program ends already. After an interrupt in the block, it is the second."""
     with running(loop_name, end) as program, asking(program, "/hold") as client:
         if end == "sleeps_in_its_block":
+            program.wait_for("in the block")
             program.send(signal.SIGINT)
         program.wait_for("stopping")
         program.send(signal.SIGINT)
         assert b"500 Internal Server Error" in answer(client)
         code, printed = program.end()
-    assert code == (0 if end == "falls_off_the_end" else -signal.SIGINT)
+    assert bool(code) == (end != "falls_off_the_end")
+    assert printed.endswith("KeyboardInterrupt\n") == bool(code)
     assert "1 cancelled" in printed
     assert program.said[-2:] == ["cancelled", "lifespan over"]
 
@@ -116,6 +119,6 @@ def test_interrupt_of_the_start_of_a_server_in_a_thread_leaves_nothing(loop_name
         program.wait_for("starting")
         program.send(signal.SIGINT)
         code, printed = program.end()
-    assert code == -signal.SIGINT
+    assert code  # 1, not -2, where anything is compiled after the interrupt, as for a named tuple
     assert printed.endswith("KeyboardInterrupt\n")
     assert program.said == ["starting", "lifespan over"]
