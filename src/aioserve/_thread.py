@@ -289,6 +289,9 @@ class ServerThread:
             with asyncio.Runner() as runner:
                 runner.run(self._serve())
         except BaseException as exc:  # noqa: BLE001 (it is raised in another thread)
+            if self.over.is_set():  # Python 3.12.1 cannot end its loop's executor when the program ends
+                logger.debug("%s: the event loop did not end in order", self._thread.name, exc_info=exc)
+                return
             self.error = exc
             if self._is_started:
                 self.error = ServerCrashedError(f"its event loop ended before the server: {describe_error(exc)}")
