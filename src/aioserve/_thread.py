@@ -1,10 +1,9 @@
 """
 A server in a thread, with a loop of its own there, for programs without a loop.
 
-The thread is a daemon, or a program that forgets its server would never end: Python waits for other threads before it
-tells anybody that it exits. So `_stop_all()` is called when the main thread has ended. It is called before
-`concurrent.futures` refuses new work, without which `asyncio.to_thread()` and a look-up of a name fail in the requests
-in flight; `atexit` would be too late for that.
+What nobody has stopped when the main thread ends, `_stop_all()` stops. That has to be before `concurrent.futures`
+refuses new work, without which `asyncio.to_thread()` and a look-up of a name fail in the requests in flight; `atexit`
+would be too late. The thread is a daemon: what ignores its cancellation there must not keep the program from ending.
 """
 
 from __future__ import annotations

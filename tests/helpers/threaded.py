@@ -17,11 +17,12 @@ import threading
 import time
 from typing import Any
 
-from aioserve import ThreadServer, start_in_thread
+from aioserve import StartupError, ThreadServer, start_in_thread
 from tests.conftest import LOOPS
 from tests.helpers.apps import App, Receive, Scope, Send
 
 holding = threading.Event()
+starting = threading.Event()
 
 
 class Printing(App):
@@ -30,6 +31,7 @@ class Printing(App):
     async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.startup == "hangs":
             print("starting", flush=True)
+            starting.set()
         try:
             await super().lifespan(scope, receive, send)
         finally:
@@ -42,7 +44,7 @@ class Printing(App):
         if scope["path"] == "/wait":
             await scope["state"]["aioserve"].stopping.wait()
             await asyncio.to_thread(int)
-        elif scope["path"] == "/hold":
+        elif scope["path"] in ("/hold", "/cling"):
             await scope["state"]["aioserve"].stopping.wait()
             print("stopping", flush=True)
         try:
@@ -100,6 +102,17 @@ def stops() -> None:
 
 def hangs_in_its_startup() -> None:
     start("hangs")
+
+
+def ends_while_another_thread_starts_one() -> None:
+    def hang() -> None:
+        try:
+            start("hangs")
+        except StartupError as exc:
+            print(f"{type(exc).__name__}: {exc}", flush=True)
+
+    threading.Thread(target=hang).start()
+    starting.wait()
 
 
 def forks() -> None:

@@ -74,6 +74,49 @@ def test_failed_shutdown_of_a_forgotten_server_is_logged(loop_name: str) -> None
     assert len(re.findall(logged, printed)) == 1
 
 
+FIRST_THREADS = """
+import asyncio
+from aioserve import start_in_thread
+
+async def app(scope, receive, send):
+    await receive()
+    await asyncio.to_thread(int)
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    print(await asyncio.to_thread(int), flush=True)
+    await send({"type": "lifespan.shutdown.complete"})
+
+start_in_thread(app)
+"""
+
+
+def test_app_of_a_forgotten_server_has_its_threads_also_where_nobody_else_has_some() -> None:
+    """Python forbids them at the end of a program, but after the stop."""
+    with Program("-c", FIRST_THREADS) as program:
+        assert program.end() == (0, "")
+    assert program.said == ["0"]
+
+
+def test_start_in_another_thread_ends_with_the_program(loop_name: str) -> None:
+    """In order, and with an error that says so."""
+    with running(loop_name, "ends_while_another_thread_starts_one") as program:
+        assert program.end() == (0, "")
+    said = "StartupInterruptedError: the program ended before the server had started"
+    assert program.said == ["starting", "lifespan over", said]
+
+
+def test_program_ends_without_what_ignores_its_cancellation(loop_name: str) -> None:
+    """The forgotten server, which has no limit, is forced by an interrupt; its thread is left behind."""
+    with running(loop_name, "falls_off_the_end") as program, asking(program, "/cling") as client:
+        program.wait_for("stopping")
+        program.send(signal.SIGINT)
+        answer(client)
+        code, printed = program.end()
+    assert code == 0
+    assert "which is still running" in printed
+    assert "has not ended: a task or a function of the app is still running there" in printed
+
+
 def test_forked_child_ends_without_the_server_in_a_thread_of_its_parent(loop_name: str) -> None:
     """It can start its own ones, and forget them; the parent's server goes on."""
     with running(loop_name, "forks") as program, asking(program, "/wait") as client:
