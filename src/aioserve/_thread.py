@@ -37,8 +37,8 @@ def start_in_thread(app: App, **options: Unpack[Options]) -> ThreadServer:
             print(server.url)
             run_everything_else()
 
-    Without ``with``, end it with `ThreadServer.stop()`; what is not stopped then is stopped gracefully when the main
-    thread ends, also by an exception or `sys.exit()`. (A signal that kills the process leaves no time for that.)
+    Without ``with``, end it with `ThreadServer.stop()`. A server that nobody has stopped is stopped gracefully when the
+    main thread ends, also by an exception or `sys.exit()`. (A signal that kills the process leaves no time for that.)
 
     The app and its lifespan run in an event loop of their own, in a daemon thread that ends with the server. They see
     the context variables of the caller. If the app's lifespan dies, that is logged at once, and raised by `stop()` and
@@ -293,7 +293,7 @@ class ServerThread:
                 return
             self.error = exc
             if self._is_started:
-                self.error = ServerCrashedError(f"its event loop ended before the server: {describe_error(exc)}")
+                self.error = ServerCrashedError(f"the event loop ended before the server: {describe_error(exc)}")
                 self.error.__cause__ = exc
             self._log()
         finally:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import uvicorn
 
-from aioserve import StartupError, StartupTimeoutError, Stats, start_in_thread
+from aioserve import StartupError, StartupTimeoutError, Stats, _thread, start_in_thread
 from tests.helpers.apps import App, AppError, Receive, Scope, Send, without_lifespan
 from tests.helpers.processes import is_free
 
@@ -169,4 +169,29 @@ def test_interrupted_start_in_a_thread_leaves_nothing(startup: str) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert app.events[-1:] == ["lifespan over"]
+    assert threads() == []
+
+
+def test_start_in_a_thread_that_is_interrupted_before_its_loop_exists_begins_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop is made, and nothing runs in it."""
+    make = asyncio.events.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        (thread,) = _thread._running
+        while not thread._is_cancelled:
+            pass
+        return make()
+
+    monkeypatch.setattr("asyncio.events.new_event_loop", new_event_loop)
+    app = App()
+    before = signal.signal(signal.SIGUSR1, raise_app_error)
+    try:
+        with pytest.raises(AppError, match="SIGUSR1"):
+            start_in_thread(app)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert app.events == []
     assert threads() == []

@@ -250,7 +250,7 @@ def test_loop_that_the_app_has_stopped_is_a_crash(caplog: pytest.LogCaptureFixtu
     except httpx.HTTPError:
         pass
     server._thread._thread.join()
-    message = "its event loop ended before the server: RuntimeError: Event loop stopped before Future completed."
+    message = "the event loop ended before the server: RuntimeError: Event loop stopped before Future completed."
     assert f"{server.url}: {message}" in logged(caplog)
     with pytest.raises(ServerCrashedError) as caught:
         server.stop()
