@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aioserve._server import Server
     from aioserve._serving import serve, serving, start
     from aioserve._swappable import Swappable
+    from aioserve._thread import ThreadServer, start_in_thread
 
 __all__ = [
     "App",
@@ -43,11 +44,13 @@ __all__ = [
     "StartupTimeoutError",
     "Stats",
     "Swappable",
+    "ThreadServer",
     "UnfinishedHandler",
     "serve",
     "serving",
     "serving_process",
     "start",
+    "start_in_thread",
 ]
 
 _NAMES = {
@@ -58,6 +61,7 @@ _NAMES = {
     "_server": ("Server",),
     "_serving": ("serve", "serving", "start"),
     "_swappable": ("Swappable",),
+    "_thread": ("ThreadServer", "start_in_thread"),
 }
 
 

@@ -20,6 +20,7 @@ ACTIVE = 0.1  # since a WebSocket's last message, for it to count as one whose c
 ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example because no descriptor is left
 CHILD_EXIT = 1.0  # for a child process to exit when its server has stopped, and to react when it is forced
 ORPHAN_SHUTDOWN = 10.0  # the shutdown timeout of a child whose parent has died, if its own is unlimited
+THREAD_EXIT = 1.0  # for the thread of `start_in_thread()` to end when its server has closed
 ENDING_THREADS = 5.0  # for threads to end, in a check for leaks; a loop tells its workers to end when it closes
 _FOREVER = 1e9  # some thirty years; more counts as no limit
 

@@ -150,8 +150,7 @@ class ServerHandle:
                 raise error.with_traceback(None)  # or it would grow with each call
             return
         if error is not None and error is not raised:
-            add_note(raised, f"aioserve: the server failed as well: {describe_error(error)}")
-            logger.error("%s", error, exc_info=error)
+            add_failure(raised, error)
         if raised is not exc:
             raise raised
 
@@ -241,6 +240,12 @@ class ServerHandle:
             raise RuntimeError(
                 f"{called} in a request or the lifespan of this server would wait for itself; use close()"
             )
+
+
+def add_failure(raised: BaseException, error: BaseException) -> None:
+    """Say of what is raised that the server has failed as well."""
+    add_note(raised, f"aioserve: the server failed as well: {describe_error(error)}")
+    logger.error("%s", error, exc_info=error)
 
 
 def _is_native(cancellation: BaseException | None) -> bool:

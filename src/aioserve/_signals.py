@@ -306,8 +306,8 @@ def signal_name(signum: int) -> str:
 def _check_available(signum: int, loop: asyncio.AbstractEventLoop) -> None:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
-            f"stop_on_signals: Python handles {signal_name(signum)} only in the main thread, and this is another "
-            "thread; handle it in the main thread and call close(), which is thread-safe"
+            f"stop_on_signals: Python handles {signal_name(signum)} only in the main thread, and this server "
+            "is to run in another one; handle it in the main thread and call close(), which is thread-safe"
         )
     handler = signal.getsignal(signum)
     if handler is None:

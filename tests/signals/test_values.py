@@ -53,7 +53,10 @@ def test_stop_on_signals_is_refused_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     (line,) = said
-    assert line.startswith("stop_on_signals: Python handles SIGINT only in the main thread, and this is another thread")
+    assert line == (
+        "stop_on_signals: Python handles SIGINT only in the main thread, and this server is to run in another one; "
+        "handle it in the main thread and call close(), which is thread-safe"
+    )
 
 
 async def test_handler_that_could_not_be_restored_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,25 @@ class TestALiveServer:
         assert "ShutdownError" in error.__notes__[0]
 
 
+@pytest.mark.usefixtures("short_grace")
+def test_handler_that_is_stuck_does_not_hold_the_end_of_a_live_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread is left behind, as long as the handler goes on."""
+    monkeypatch.setattr("aioserve._limits.THREAD_EXIT", 0.05)
+    monkeypatch.setattr(sys, "__stderr__", io.StringIO())
+    app = App()
+    with ThreadPoolExecutor() as executor:
+        with (
+            pytest.raises(AssertionError, match=r"GET /cling .* which is still running"),
+            testing.live_server(app, shutdown_timeout=0) as server,
+        ):
+            asking = executor.submit(httpx.get, server.url + "/cling")
+            asyncio.run_coroutine_threadsafe(app.holding.wait(), server._loop).result()
+            thread = next(each for each in threading.enumerate() if each.name == f"aioserve {server.url}")
+        server._loop.call_soon_threadsafe(app.release.set)
+        thread.join()
+        assert isinstance(asking.exception(), httpx.HTTPError)
+
+
 async def test_server_factory_is_refused_in_another_loop() -> None:
     """Before anything starts."""
     async with Opened() as opened:
@@ -177,8 +196,8 @@ async def test_handler_that_is_stuck_is_reported_to_the_uncaptured_standard_erro
 
 
 def test_live_servers_can_be_started_by_many_threads() -> None:
-    """They share one loop."""
+    """Each in a loop of its own."""
     with LiveServers() as servers, ThreadPoolExecutor(8) as executor:
         started = list(executor.map(lambda _: servers.start(App()), range(8)))
         assert len({server.url for server in started}) == 8
-        assert len({server._loop for server in started}) == 1
+        assert len({server._loop for server in started}) == 8

@@ -25,10 +25,12 @@ from aioserve import (
     Server,
     ServerProcess,
     Stats,
+    ThreadServer,
     serve,
     serving,
     serving_process,
     start,
+    start_in_thread,
     testing,
 )
 
@@ -82,6 +84,25 @@ async def process() -> None:
         assert_type(server.report, Report | None)
         server.close(timeout=1)
         await server.wait_closed()
+
+
+def in_thread() -> None:
+    """Serve in a thread, in a block and without one."""
+    with start_in_thread(FastAPI(), port=8000, startup_timeout=None) as server:
+        assert_type(server, ThreadServer)
+        assert_type(server.url, str)
+        assert_type(server.urls, list[str])
+        assert_type(server.host, str | None)
+        assert_type(server.port, int | None)
+        assert_type(server.state, dict[str, Any])
+        assert_type(server.stats, Stats)
+        assert_type(server.report, Report | None)
+        assert_type(server.is_serving(), bool)
+        server.close(timeout=1.5)
+        assert_type(server.wait_closed(timeout=1), bool)
+    start_in_thread("package.module:app", factory=True).stop(timeout=0)
+    start_in_thread(FastAPI(), prot=8000)  # type: ignore[call-arg]
+    start_in_thread(FastAPI(), port="8000")  # type: ignore[arg-type]
 
 
 @asynccontextmanager

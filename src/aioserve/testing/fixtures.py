@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import threading
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
-
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from aioserve._options import App, Options
 from aioserve._server import Server
+from aioserve._thread import ThreadServer
 from aioserve.testing.clients import make_client
-from aioserve.testing.servers import CheckedServer, start_checked
+from aioserve.testing.servers import CheckedServer, start_checked, start_checked_in_thread
 
 if TYPE_CHECKING:
     import httpx
@@ -91,20 +88,30 @@ class Opened:
             raise error
 
 
-class LiveServers(ExitStack):
-    """Opens servers in a thread, which starts with the first of them, and closes all in reverse order."""
+class LiveServers:
+    """Opens servers, each in a thread of its own, and closes all in reverse order; errors are raised as of `Opened`."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-        self._portal: BlockingPortal | None = None
-        self._opened: Opened
+        self._opened: list[ThreadServer] = []
 
     def start(self, app: App, /, **options: Unpack[Options]) -> Server:
         """Implement `LiveServerFactory`."""
-        with self._lock:
-            if self._portal is None:
-                portal = self.enter_context(start_blocking_portal())
-                self._opened = self.enter_context(portal.wrap_async_context_manager(portal.call(Opened)))
-                self._portal = portal
-        return self._portal.call(functools.partial(self._opened.server, app, **options))
+        live = start_checked_in_thread(app, options)
+        self._opened.append(live)
+        return live._server
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: object, exc: object, tb: object) -> None:
+        __tracebackhide__ = True
+        errors: list[Exception] = []
+        for live in reversed(self._opened):
+            try:
+                live.stop()
+            except Exception as raised:  # noqa: BLE001 (so that the others are closed, too)
+                errors.append(raised)
+        if len(errors) > 1:
+            raise ExceptionGroup(f"{len(errors)} servers failed to close", errors[::-1])
+        for error in errors:
+            raise error

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Unpack
 
 import uvicorn
-from anyio.from_thread import start_blocking_portal
 
 from aioserve._errors import add_note
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._serving import start
+from aioserve._thread import ServerThread, ThreadServer
 
 SHUTDOWN_TIMEOUT = 1.0
 
@@ -58,8 +59,9 @@ def live_server(app: App, **options: Unpack[Options]) -> Iterator[Server]:
     Raises:
         AssertionError, ServingError, OSError, TypeError, ValueError: As in `server()`.
     """
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(server(app, **options)) as running:
-        yield running
+    __tracebackhide__ = True
+    with start_checked_in_thread(app, options) as live:
+        yield live._server
 
 
 class CheckedServer:
@@ -111,3 +113,8 @@ async def start_checked(app: App, options: Options) -> CheckedServer:
         defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     completed: Options = {**defaults, **options}
     return CheckedServer(await start(app, **completed))
+
+
+def start_checked_in_thread(app: App, options: Options) -> ThreadServer:
+    """Start the same in a thread; its end raises what a `CheckedServer` raises."""
+    return ThreadServer(ServerThread(partial(start_checked, app, options)).begin())
