@@ -85,13 +85,18 @@ class ThreadServer:
         return self._server.urls
 
     @property
-    def host(self) -> str | None:
-        """The first address that it is bound to, as `Server.host`."""
+    def ws_url(self) -> str:
+        """The same for WebSockets."""
+        return self._server.ws_url
+
+    @property
+    def host(self) -> str:
+        """The first address that it is bound to, as `Server.host`; on a Unix socket, an `AttributeError` is raised."""
         return self._server.host
 
     @property
-    def port(self) -> int | None:
-        """The port of the first address, as `Server.port`."""
+    def port(self) -> int:
+        """The port of the first address, as `Server.port`; on a Unix socket, an `AttributeError` is raised."""
         return self._server.port
 
     @property
