@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
+from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack, overload
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve.testing.clients import make_client
-from aioserve.testing.servers import CheckedServer, start_checked
+from aioserve.testing.servers import start_checked
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
+
+    from aioserve.testing.clients import Client
 
 
 class ServerFactory(Protocol):
@@ -27,10 +29,26 @@ class ServerFactory(Protocol):
 
 
 class ClientFactory(Protocol):
-    """The type of the fixture `aioserve_client`."""
+    """
+    The type of the fixture `aioserve_client`.
 
-    async def __call__(self, app_or_server: App | Server, /, **options: Any) -> httpx.AsyncClient:
-        """Open a client until the end of the fixture's scope; arguments and errors are those of `client()`."""
+    It opens a client until the end of the fixture's scope; arguments and errors are those of `client()`.
+    """
+
+    @overload
+    async def __call__(
+        self,
+        app_or_server: App | Server,
+        /,
+        *,
+        client_class: type[Client],
+        raise_app_exceptions: bool = True,
+        **options: Any,
+    ) -> Client: ...
+    @overload
+    async def __call__(
+        self, app_or_server: App | Server, /, *, raise_app_exceptions: bool = True, **options: Any
+    ) -> httpx2.AsyncClient: ...
 
 
 class LiveServerFactory(Protocol):
@@ -55,15 +73,23 @@ class Opened:
         self._stack.push_async_callback(self._close, checked)
         return checked.server
 
-    async def client(self, app_or_server: App | Server, /, **options: Any) -> httpx.AsyncClient:
+    async def client(
+        self,
+        app_or_server: App | Server,
+        /,
+        *,
+        client_class: type[Any] | None = None,
+        raise_app_exceptions: bool = True,
+        **options: Any,
+    ) -> Any:
         """Implement `ClientFactory`."""
         self._check_loop()
         running = app_or_server if isinstance(app_or_server, Server) else await self.server(app_or_server)
-        client = make_client(running.url, options)
+        client = make_client(running, options, raise_app_exceptions, client_class)
         self._stack.push_async_callback(self._close, client)
         return client
 
-    async def _close(self, opened: httpx.AsyncClient | CheckedServer) -> None:
+    async def _close(self, opened: AbstractAsyncContextManager[Any]) -> None:
         __tracebackhide__ = True
         try:
             await opened.__aexit__(None, None, None)

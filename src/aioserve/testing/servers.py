@@ -15,6 +15,7 @@ from aioserve._errors import add_note
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._serving import start
+from aioserve.testing import app_errors
 
 SHUTDOWN_TIMEOUT = 1.0
 
@@ -110,4 +111,6 @@ async def start_checked(app: App, options: Options) -> CheckedServer:
     if not (isinstance(app, uvicorn.Config) and app.timeout_graceful_shutdown is not None):
         defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     completed: Options = {**defaults, **options}
-    return CheckedServer(await start(app, **completed))
+    running = await start(app, **completed)
+    app_errors.record(running)
+    return CheckedServer(running)
