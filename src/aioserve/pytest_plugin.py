@@ -68,6 +68,7 @@ def _make_live_server() -> Iterator[LiveServerFactory]:
     They are closed in reverse order at the end of the fixture's scope. The arguments are those of
     `aioserve.testing.live_server()`.
     """
+    __tracebackhide__ = True
     from aioserve.testing.fixtures import LiveServers
 
     with LiveServers() as servers:

@@ -33,7 +33,7 @@ def client(
 ) -> AbstractAsyncContextManager[Client]: ...
 @overload
 def client(
-    app_or_server: App | Server, /, *, raise_app_exceptions: bool = True, **options: Any
+    app_or_server: App | Server, /, *, client_class: None = None, raise_app_exceptions: bool = True, **options: Any
 ) -> AbstractAsyncContextManager[httpx2.AsyncClient]: ...
 
 
@@ -79,6 +79,7 @@ async def client(
         Exception: What leaves the app.
         AssertionError, ServingError, OSError, TypeError, ValueError, RuntimeError: As in `server()`.
     """
+    __tracebackhide__ = True
     async with AsyncExitStack() as stack:
         running = app_or_server
         if not isinstance(running, Server):
@@ -112,8 +113,9 @@ def make_client(
     server: Server, options: Mapping[str, Any], raise_app_exceptions: bool, client_class: type[Any] | None
 ) -> Any:
     """Return a client for a server, with the options of `client()`."""
-    if client_class is None:
-        client_class = _import("httpx2", "httpx").AsyncClient
+    __tracebackhide__ = True
+    client_class = client_class or _import("httpx2", "httpx").AsyncClient
+    assert client_class is not None
     base = next(each for each in client_class.__mro__ if each.__name__ == "AsyncClient")
     module = import_module(base.__module__.partition(".")[0])
     for name in options.keys() & Options.__optional_keys__ - inspect.signature(base).parameters.keys():
@@ -151,6 +153,7 @@ def _make_tls() -> TLS:
 
 def _import(*names: str) -> Any:
     """Import the first of these modules that is installed."""
+    __tracebackhide__ = True
     for name in names:
         try:
             return import_module(name)

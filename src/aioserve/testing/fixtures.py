@@ -47,7 +47,13 @@ class ClientFactory(Protocol):
     ) -> Client: ...
     @overload
     async def __call__(
-        self, app_or_server: App | Server, /, *, raise_app_exceptions: bool = True, **options: Any
+        self,
+        app_or_server: App | Server,
+        /,
+        *,
+        client_class: None = None,
+        raise_app_exceptions: bool = True,
+        **options: Any,
     ) -> httpx2.AsyncClient: ...
 
 
@@ -68,6 +74,7 @@ class Opened:
 
     async def server(self, app: App, /, **options: Unpack[Options]) -> Server:
         """Implement `ServerFactory`."""
+        __tracebackhide__ = True
         self._check_loop()
         checked = await start_checked(app, options)
         self._stack.push_async_callback(self._close, checked)
@@ -83,6 +90,7 @@ class Opened:
         **options: Any,
     ) -> Any:
         """Implement `ClientFactory`."""
+        __tracebackhide__ = True
         self._check_loop()
         running = app_or_server if isinstance(app_or_server, Server) else await self.server(app_or_server)
         client = make_client(running, options, raise_app_exceptions, client_class)
@@ -97,6 +105,7 @@ class Opened:
             self._errors.append(exc)
 
     def _check_loop(self) -> None:
+        __tracebackhide__ = True
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError(
                 "this fixture of aioserve runs in another event loop than the test. With pytest-asyncio, give the "
@@ -128,6 +137,7 @@ class LiveServers(ExitStack):
 
     def start(self, app: App, /, **options: Unpack[Options]) -> Server:
         """Implement `LiveServerFactory`."""
+        __tracebackhide__ = True
         with self._lock:
             if self._portal is None:
                 portal = self.enter_context(start_blocking_portal())

@@ -11,13 +11,14 @@ from typing import Unpack
 import uvicorn
 from anyio.from_thread import start_blocking_portal
 
-from aioserve._errors import add_note
+from aioserve._errors import ServingError, add_note
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._serving import start
 from aioserve.testing import app_errors
 
 SHUTDOWN_TIMEOUT = 1.0
+_BEFORE_APP = ("aioserve.", "uvicorn.")
 
 
 @asynccontextmanager
@@ -37,6 +38,7 @@ async def server(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]:
         ServerCrashedError: The app's lifespan died in the block; this is raised at its end.
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `aioserve.serving()`.
     """
+    __tracebackhide__ = True
     async with await start_checked(app, options) as running:
         yield running
 
@@ -84,6 +86,8 @@ class CheckedServer:
         except BaseException as failure:
             add_note(failure, f"aioserve: this happened to {self.server.url}")
             raised = failure
+            if isinstance(failure, ServingError):
+                hide_our_frames(failure)
             raise
         finally:
             if forced := self._forced():
@@ -107,10 +111,30 @@ class CheckedServer:
 
 async def start_checked(app: App, options: Options) -> CheckedServer:
     """Start a server with the defaults for tests."""
+    __tracebackhide__ = True
     defaults: Options = {"disconnect_after": 0}
     if not (isinstance(app, uvicorn.Config) and app.timeout_graceful_shutdown is not None):
         defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     completed: Options = {**defaults, **options}
-    running = await start(app, **completed)
+    try:
+        running = await start(app, **completed)
+    except (ServingError, OSError, TypeError, ValueError, RuntimeError) as exc:
+        hide_our_frames(exc)
+        raise
     app_errors.record(running)
     return CheckedServer(running)
+
+
+def hide_our_frames(error: BaseException) -> None:
+    """
+    Let an error show what it says, and where in the app its cause was raised.
+
+    Its own traceback begins where it is raised again.
+    """
+    cause = error.__cause__
+    if cause is not None:
+        frames = cause.__traceback__
+        while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(_BEFORE_APP):
+            frames = frames.tb_next
+        cause.__traceback__ = frames or cause.__traceback__
+    error.__traceback__ = None
