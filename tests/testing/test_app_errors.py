@@ -101,7 +101,19 @@ async def test_exception_of_the_app_takes_the_place_of_a_broken_connection(sent:
         assert caught.value.__context__ is None
 
 
-async def test_exception_after_a_complete_response_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("client_class", [httpx.AsyncClient, httpx2.AsyncClient])
+async def test_exception_is_raised_where_the_client_is_still_sending(client_class: Any) -> None:
+    """The connection is closed before all of the request was sent; the 500 may be lost then."""
+    app = Raises()
+    async with testing.server(app) as server:
+        async with testing.client(server, client_class=client_class) as client:
+            with pytest.raises(AppError) as caught:
+                await client.post("/", content=bytes(50_000_000))
+            assert caught.value is app.raised["/"]
+            assert caught.value.__context__ is None
+
+
+async def test_exception_after_a_complete_response_is_not_waited_for() -> None:
     """It is shown in the report of a test that fails."""
     app = Raises()
     app.release.clear()
