@@ -22,7 +22,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _limits, start, testing
 from aioserve.testing import app_errors
@@ -304,6 +304,37 @@ class TestFrameworks:
         async with testing.client(app) as client:
             assert (await client.get("/")).text == "hello"
             done.set()
+
+
+@pytest.mark.parametrize("ws", list(WS_PROTOCOLS.keys() - {"auto", "none"}))
+async def test_exception_of_a_websocket_is_shown_unless_it_refuses(ws: Any) -> None:
+    """A client whose WebSocket is refused with a 500 raises it. The scope has no header of ours."""
+    error = AppError("the WebSocket's own")
+    scopes = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            scopes.append(scope)
+            await receive()
+            if scope["path"] == "/accepted":
+                await send({"type": "websocket.accept"})
+                await receive()
+            raise error
+
+    async with testing.server(app, ws=ws) as server, testing.client(server) as client:
+        with pytest.raises(AppError) as caught:
+            async with client.websocket("/refused"):
+                pass
+        assert caught.value is error
+        async with client.websocket("/accepted") as websocket:
+            await websocket.send_text("hello")
+            while server.stats.in_flight:
+                await asyncio.sleep(0)
+    assert len(scopes) == 2
+    assert not any(name == b"aioserve-request" for scope in scopes for name, _ in scope["headers"])
+    (shown,) = app_errors._untaken
+    assert shown.startswith("WebSocket '/accepted'\nTraceback")
+    app_errors._untaken.clear()
 
 
 class TestWhatIsNoExceptionOfARequest:
