@@ -56,7 +56,8 @@ def _make_client(request: pytest.FixtureRequest) -> ClientFactory:
     """
     Open HTTP clients: ``client = await aioserve_client(app_or_server, **options)``.
 
-    An app is served as by the fixture for servers. The arguments are those of `aioserve.testing.client()`.
+    An app is served as by the fixture for servers. The arguments are those of `aioserve.testing.client()`; so an
+    exception that leaves the app is raised by the request that caused it.
     """
     return _opened(request).client
 
