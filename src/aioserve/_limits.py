@@ -21,6 +21,8 @@ ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example becau
 CHILD_EXIT = 1.0  # for a child process to exit when its server has stopped, and to react when it is forced
 ORPHAN_SHUTDOWN = 10.0  # the shutdown timeout of a child whose parent has died, if its own is unlimited
 THREAD_EXIT = 1.0  # for the thread of `start_in_thread()` to end when its server has closed
+RAISING_HANDLER = 1.0  # for a handler to end that has sent a 500, or broken off: a client in a test raises its error
+LATE_EXCEPTIONS = 0.25  # for handlers in other threads to end, before a test's failure shows what left the app
 ENDING_THREADS = 5.0  # for threads to end, in a check for leaks; a loop tells its workers to end when it closes
 _FOREVER = 1e9  # some thirty years; more counts as no limit
 
@@ -36,6 +38,7 @@ LEAK_TURNS = 10  # for a loop to close what was just released, in a check for le
 WRAPPING_COROUTINES = 50  # of a task factory that are looked into to find the handler that they wrap
 LINGER_READS = 16  # of 64 KiB, before it is the turn of others
 SAME_PORT_ATTEMPTS = 32  # to find a port that is free on several addresses, when any will do
+SHOWN_EXCEPTIONS = 20  # that left the app during one test, in the report of its failure
 TRACEBACK_CHARACTERS = 100_000  # of an app's traceback; longer ones repeat themselves
 
 

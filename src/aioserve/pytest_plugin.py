@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
     from aioserve.testing import TLS, ClientFactory, LiveServerFactory, ServerFactory
     from aioserve.testing.fixtures import Opened
@@ -30,6 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the private fixtures for pytest-asyncio, if it is used."""
     if _uses_pytest_asyncio(config):
         config.pluginmanager.register(_for_pytest_asyncio(), "aioserve for pytest-asyncio")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what left the apps of the servers in a test that fails."""
+    report = yield
+    app_errors = sys.modules.get("aioserve.testing.app_errors")
+    if app_errors is not None:
+        app_errors.add_section(report)
+    return report
 
 
 def _make_server(request: pytest.FixtureRequest) -> ServerFactory:
@@ -46,7 +56,8 @@ def _make_client(request: pytest.FixtureRequest) -> ClientFactory:
     """
     Open HTTP clients: ``client = await aioserve_client(app_or_server, **options)``.
 
-    An app is served as by the fixture for servers. The arguments are those of `aioserve.testing.client()`.
+    An app is served as by the fixture for servers. The arguments are those of `aioserve.testing.client()`; so an
+    exception that leaves the app is raised by the request that caused it.
     """
     return _opened(request).client
 
@@ -58,6 +69,7 @@ def _make_live_server() -> Iterator[LiveServerFactory]:
     They are closed in reverse order at the end of the fixture's scope. The arguments are those of
     `aioserve.testing.live_server()`.
     """
+    __tracebackhide__ = True
     from aioserve.testing.fixtures import LiveServers
 
     with LiveServers() as servers:

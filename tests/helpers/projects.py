@@ -130,10 +130,10 @@ def run(pytester: pytest.Pytester, *options: str, **files: str) -> pytest.RunRes
     return pytester.runpytest_subprocess(*WARNINGS_ARE_ERRORS, *options, *scope)
 
 
-def run_with_anyio(pytester: pytest.Pytester, module: str, *options: str) -> pytest.RunResult:
+def run_with_anyio(pytester: pytest.Pytester, module: str, *options: str, **files: str) -> pytest.RunResult:
     """Run one module in its order, with all of its async tests run by anyio's plugin."""
     options = (*WITHOUT_ASYNCIO, *IN_ORDER, "-o", "anyio_mode=auto", *options)
-    return run(pytester, *options, conftest=backend(), test_it=module)
+    return run(pytester, *options, conftest=backend(), test_it=module, **files)
 
 
 def sample(mark: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -57,10 +58,10 @@ class TestAClient:
                 assert str(client.base_url).startswith("https://")
                 assert (await client.get("/")).text == "hello"
             async with testing.client(server, verify=theirs.client) as client:
-                with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                     await client.get("/")
             async with testing.server(App()) as plain, testing.client(plain) as client:
-                with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                     await client.get(server.url)
 
     @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -69,7 +70,7 @@ class TestAClient:
         context = testing.tls().server if scheme == "https" else None
         async with testing.server(App(), uds=str(tmp_path / "a socket"), ssl=context) as server:
             assert server.url.startswith(f"{scheme}+unix://%2F")
-            limits = httpx.Limits(max_keepalive_connections=0)
+            limits = httpx2.Limits(max_keepalive_connections=0)
             async with testing.client(server, limits=limits) as client:
                 for _ in range(2):
                     response = await client.get("/")
@@ -78,33 +79,48 @@ class TestAClient:
                 with anyio.fail_after(10):
                     while server.stats.connections:  # until they are closed, because of the limits
                         await asyncio.sleep(0)
-            async with testing.client(server, transport=httpx.MockTransport(lambda _: httpx.Response(418))) as client:
+            async with testing.client(server, transport=httpx2.MockTransport(lambda _: httpx2.Response(418))) as client:
                 assert (await client.get("/")).status_code == 418
 
-    async def test_client_is_an_httpx2_client_without_httpx(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where httpx is not installed."""
-        monkeypatch.setitem(sys.modules, "httpx", None)
+    async def test_client_is_of_httpx2_and_without_it_of_httpx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever else is installed."""
         async with testing.client(App()) as client:
             assert isinstance(client, httpx2.AsyncClient)
-            assert (await client.get("/")).text == "hello"
+        monkeypatch.setitem(sys.modules, "httpx2", None)
+        async with testing.client(App()) as client:
+            assert isinstance(client, httpx.AsyncClient)
+
+    @pytest.mark.parametrize("base", [httpx.AsyncClient, httpx2.AsyncClient])
+    async def test_client_is_of_the_class_that_is_asked_for(self, base: type[Any], tmp_path: Path) -> None:
+        """Also of one that is derived from it, and for a Unix socket."""
+
+        class Derived(base):  # type: ignore[misc]
+            pass
+
+        async with testing.server(App(), uds=str(tmp_path / "socket")) as server:
+            for client_class in (base, Derived):
+                async with testing.client(server, client_class=client_class) as client:
+                    assert type(client) is client_class
+                    assert (await client.get("/")).text == "hello"
 
     async def test_client_without_httpx_and_httpx2_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The one that the extra installs."""
         monkeypatch.setitem(sys.modules, "httpx", None)
         monkeypatch.setitem(sys.modules, "httpx2", None)
         with pytest.raises(
-            ModuleNotFoundError, match=r"httpx is not installed; install it with pip install 'aioserve-asgi\[testing\]'"
+            ModuleNotFoundError,
+            match=r"httpx2 is not installed; install it with pip install 'aioserve-asgi\[testing\]'",
         ):
             async with testing.client(App()):
                 pass
 
-    async def test_broken_installation_of_httpx_is_not_taken_for_a_missing_one(
+    async def test_broken_installation_of_httpx2_is_not_taken_for_a_missing_one(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The error names the module that is missing."""
-        monkeypatch.delitem(sys.modules, "httpx")
-        monkeypatch.setitem(sys.modules, "httpx._api", None)
-        with pytest.raises(ModuleNotFoundError, match=r"httpx\._api"):
+        monkeypatch.delitem(sys.modules, "httpx2")
+        monkeypatch.setitem(sys.modules, "httpx2._api", None)
+        with pytest.raises(ModuleNotFoundError, match=r"httpx2\._api"):
             async with testing.client(App()):
                 pass
 

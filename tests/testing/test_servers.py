@@ -55,7 +55,10 @@ class TestAServer:
     async def test_forced_stop_of_a_testing_server_is_raised_at_the_end(self) -> None:
         """The message names the handler, and says what to do."""
         app = App()
-        with pytest.raises(AssertionError, match=r"^GET /hold from .*: forced shutdown of http://.*, 1 cancelled, .*\. Stop what the test started"):
+        with pytest.raises(
+            AssertionError,
+            match=r"^GET /hold from .*: forced shutdown of http://.*, 1 cancelled, .*\. Stop what the test started",
+        ):
             async with (
                 testing.server(app, shutdown_timeout=0) as server,
                 httpx.AsyncClient(base_url=server.url) as http,

@@ -14,6 +14,7 @@ from typing import Any, Unpack, assert_type
 
 import anyio
 import httpx
+import httpx2
 import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -116,9 +117,11 @@ async def blocks_for_tests(server: Server) -> None:
     """Use the context managers for tests."""
     async with testing.server(FastAPI(), root_path="/api") as running, testing.client(running) as client:
         assert_type(running, Server)
-        assert_type(client, httpx.AsyncClient)
+        assert_type(client, httpx2.AsyncClient)
     with testing.live_server(plain_app, ssl=testing.tls().server) as live, testing.assert_nothing_left():
         assert_type(live, Server)
+    async with testing.client(running, client_class=httpx.AsyncClient, raise_app_exceptions=False) as other:
+        assert_type(other, httpx.AsyncClient)
     async with testing.client(plain_app, timeout=1), testing.assert_nothing_left(thread_pools=True):
         assert_type(testing.tls().client, ssl.SSLContext)
 
@@ -131,7 +134,9 @@ async def fixtures_for_tests(
 ) -> None:
     """Use the fixtures."""
     assert_type(await aioserve_server(FastAPI(), ssl=aioserve_tls.server), Server)
-    assert_type(await aioserve_client("package.module:app", headers={"x": "y"}), httpx.AsyncClient)
+    assert_type(await aioserve_client("package.module:app", headers={"x": "y"}), httpx2.AsyncClient)
+    assert_type(await aioserve_client(plain_app, client_class=httpx.AsyncClient), httpx.AsyncClient)
+    await aioserve_client(plain_app, raise_app_exceptions="no")  # type: ignore[call-overload]
     assert_type(aioserve_live_server(uvicorn.Config(plain_app)), Server)
     await aioserve_server(FastAPI(), prot=8000)  # type: ignore[call-arg]
     aioserve_live_server(FastAPI(), port="8000")  # type: ignore[arg-type]

@@ -14,6 +14,8 @@ A test fails if its server had to cancel handlers or drop connections, which are
 server failed. The error is raised when the server closes, unless the test itself has awaited that with
 `Server.aclose()` or `Server.wait_closed()`.
 
+What leaves the app is raised by the client whose request caused it, as with `httpx.ASGITransport`; see `client()`.
+
 A server that crashes does not cancel the test, because fixtures and tests can share a task.
 """
 

@@ -6,49 +6,85 @@ import functools
 import inspect
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from urllib.parse import unquote
 
 from aioserve._options import App, Options
 from aioserve._server import Server
+from aioserve.testing.app_errors import RaisingTransport
 from aioserve.testing.servers import server
 
 if TYPE_CHECKING:
     import httpx
+    import httpx2
     import trustme
+
+    Client = TypeVar("Client", bound=httpx.AsyncClient | httpx2.AsyncClient)
+
+_OF_TRANSPORT = ("verify", "cert", "http1", "http2", "limits")
+
+
+@overload
+def client(
+    app_or_server: App | Server, /, *, client_class: type[Client], raise_app_exceptions: bool = True, **options: Any
+) -> AbstractAsyncContextManager[Client]: ...
+@overload
+def client(
+    app_or_server: App | Server, /, *, client_class: None = None, raise_app_exceptions: bool = True, **options: Any
+) -> AbstractAsyncContextManager[httpx2.AsyncClient]: ...
 
 
 @asynccontextmanager
-async def client(app_or_server: App | Server, /, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def client(
+    app_or_server: App | Server,
+    /,
+    *,
+    client_class: type[Any] | None = None,
+    raise_app_exceptions: bool = True,
+    **options: Any,
+) -> AsyncIterator[Any]:
     """
     Open an HTTP client for an app, which is served for the block, or for a running server.
 
         async with testing.client(app) as client:
             response = await client.get("/")
 
-    It is an `httpx.AsyncClient`, or an `httpx2.AsyncClient` if only that is installed. Its `base_url` is the server's;
+    It is an `httpx2.AsyncClient`, or an `httpx.AsyncClient` if httpx2 is not installed. Its `base_url` is the server's;
     it also reaches a server on a Unix socket. It trusts the certificate authority of `tls()` and no other, and reads no
     proxies from the environment (``trust_env=False``).
 
+    An exception that leaves the app is raised by the request that caused it, as with `httpx.ASGITransport`: the very
+    object, also where a 500 was sent before, or a part of the response. If the response is a 500, or breaks off, the
+    end of the app's call is awaited for that, for 1 second at most; else nothing is, so that background tasks and
+    endless streams delay no test, and an exception that comes after the response was read is not raised. pytest's
+    report of a test that fails shows that one in a section of its own; also what was raised for other clients, or in
+    WebSockets.
+
     Args:
         app_or_server: What `server()` takes, or a `Server` that is running already.
-        options: Those of `httpx.AsyncClient`. For options of the server, start that first.
+        client_class: `httpx.AsyncClient`, `httpx2.AsyncClient`, or a class derived from one of them.
+        raise_app_exceptions: Whether to raise what leaves the app; `False` returns the 500 that other clients get. It
+            is `False` for requests that go through a `transport` of your own, a `proxy` or `mounts`, unless the
+            transport is an `AsyncHTTPTransport`.
+        options: Those of the client class. For options of the server, start that first.
 
     Yields:
-        httpx.AsyncClient: It is closed before the server is.
+        httpx2.AsyncClient: It is closed before the server is.
 
     Raises:
-        ModuleNotFoundError: Neither httpx nor httpx2 is installed; the extra ``testing`` installs httpx.
+        ModuleNotFoundError: Neither httpx2 nor httpx is installed; the extra ``testing`` installs httpx2.
+        Exception: What leaves the app.
         AssertionError, ServingError, OSError, TypeError, ValueError, RuntimeError: As in `server()`.
     """
+    __tracebackhide__ = True
     async with AsyncExitStack() as stack:
         running = app_or_server
         if not isinstance(running, Server):
             running = await stack.enter_async_context(server(running))
-        yield await stack.enter_async_context(make_client(running.url, options))
+        yield await stack.enter_async_context(make_client(running, options, raise_app_exceptions, client_class))
 
 
 @dataclass(frozen=True)
@@ -73,20 +109,31 @@ def tls() -> TLS:
     return _make_tls()
 
 
-def make_client(url: str, options: Mapping[str, Any]) -> httpx.AsyncClient:
-    """Return a client for the server at this URL, with the options of `client()`."""
-    module = _import("httpx", "httpx2")
-    for name in options.keys() & Options.__optional_keys__ - inspect.signature(module.AsyncClient).parameters.keys():
+def make_client(
+    server: Server, options: Mapping[str, Any], raise_app_exceptions: bool, client_class: type[Any] | None
+) -> Any:
+    """Return a client for a server, with the options of `client()`."""
+    __tracebackhide__ = True
+    client_class = client_class or _import("httpx2", "httpx").AsyncClient
+    assert client_class is not None
+    base = next(each for each in client_class.__mro__ if each.__name__ == "AsyncClient")
+    module = import_module(base.__module__.partition(".")[0])
+    for name in options.keys() & Options.__optional_keys__ - inspect.signature(base).parameters.keys():
         raise TypeError(f"{name} is an option of a server, not of a client; start the server first, and pass that")
+    url = server.url
     scheme, _, address = url.partition("://")
     if "verify" not in options:
         options = {**options, "verify": tls().client if scheme.startswith("https") else _empty_context()}
     if scheme.endswith("+unix"):
         url = f"{scheme.removesuffix('+unix')}://localhost"
-        passed = {name: options[name] for name in ("verify", "http1", "http2", "limits") if name in options}
-        options = {"transport": module.AsyncHTTPTransport(uds=unquote(address), trust_env=False, **passed), **options}
-    made: httpx.AsyncClient = module.AsyncClient(**{"base_url": url, "trust_env": False, **options})
-    return made
+    transport = options.get("transport")
+    if transport is None:
+        passed = {name: options[name] for name in _OF_TRANSPORT if name in options}
+        path = unquote(address) if scheme.endswith("+unix") else None
+        transport = module.AsyncHTTPTransport(uds=path, trust_env=False, **passed)
+    if raise_app_exceptions and isinstance(transport, module.AsyncHTTPTransport):
+        transport = RaisingTransport(transport, module, server)
+    return client_class(**{"base_url": url, "trust_env": False, **options, "transport": transport})
 
 
 @functools.cache
@@ -106,6 +153,7 @@ def _make_tls() -> TLS:
 
 def _import(*names: str) -> Any:
     """Import the first of these modules that is installed."""
+    __tracebackhide__ = True
     for name in names:
         try:
             return import_module(name)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack, overload
 
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._thread import ThreadServer
 from aioserve.testing.clients import make_client
-from aioserve.testing.servers import CheckedServer, start_checked, start_checked_in_thread
+from aioserve.testing.servers import start_checked, start_checked_in_thread
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
+
+    from aioserve.testing.clients import Client
 
 
 class ServerFactory(Protocol):
@@ -24,10 +26,32 @@ class ServerFactory(Protocol):
 
 
 class ClientFactory(Protocol):
-    """The type of the fixture `aioserve_client`."""
+    """
+    The type of the fixture `aioserve_client`.
 
-    async def __call__(self, app_or_server: App | Server, /, **options: Any) -> httpx.AsyncClient:
-        """Open a client until the end of the fixture's scope; arguments and errors are those of `client()`."""
+    It opens a client until the end of the fixture's scope; arguments and errors are those of `client()`.
+    """
+
+    @overload
+    async def __call__(
+        self,
+        app_or_server: App | Server,
+        /,
+        *,
+        client_class: type[Client],
+        raise_app_exceptions: bool = True,
+        **options: Any,
+    ) -> Client: ...
+    @overload
+    async def __call__(
+        self,
+        app_or_server: App | Server,
+        /,
+        *,
+        client_class: None = None,
+        raise_app_exceptions: bool = True,
+        **options: Any,
+    ) -> httpx2.AsyncClient: ...
 
 
 class LiveServerFactory(Protocol):
@@ -47,20 +71,30 @@ class Opened:
 
     async def server(self, app: App, /, **options: Unpack[Options]) -> Server:
         """Implement `ServerFactory`."""
+        __tracebackhide__ = True
         self._check_loop()
         checked = await start_checked(app, options)
         self._stack.push_async_callback(self._close, checked)
         return checked.server
 
-    async def client(self, app_or_server: App | Server, /, **options: Any) -> httpx.AsyncClient:
+    async def client(
+        self,
+        app_or_server: App | Server,
+        /,
+        *,
+        client_class: type[Any] | None = None,
+        raise_app_exceptions: bool = True,
+        **options: Any,
+    ) -> Any:
         """Implement `ClientFactory`."""
+        __tracebackhide__ = True
         self._check_loop()
         running = app_or_server if isinstance(app_or_server, Server) else await self.server(app_or_server)
-        client = make_client(running.url, options)
+        client = make_client(running, options, raise_app_exceptions, client_class)
         self._stack.push_async_callback(self._close, client)
         return client
 
-    async def _close(self, opened: httpx.AsyncClient | CheckedServer) -> None:
+    async def _close(self, opened: AbstractAsyncContextManager[Any]) -> None:
         __tracebackhide__ = True
         try:
             await opened.__aexit__(None, None, None)
@@ -68,6 +102,7 @@ class Opened:
             self._errors.append(exc)
 
     def _check_loop(self) -> None:
+        __tracebackhide__ = True
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError(
                 "this fixture of aioserve runs in another event loop than the test. With pytest-asyncio, give the "
@@ -82,10 +117,7 @@ class Opened:
     async def __aexit__(self, exc_type: object, exc: object, tb: object) -> None:
         __tracebackhide__ = True
         await self._stack.aclose()
-        if len(self._errors) > 1:
-            raise ExceptionGroup(f"{len(self._errors)} servers or clients failed to close", self._errors[::-1])
-        for error in self._errors:
-            raise error
+        _raise_all(self._errors)
 
 
 class LiveServers:
@@ -96,6 +128,7 @@ class LiveServers:
 
     def start(self, app: App, /, **options: Unpack[Options]) -> Server:
         """Implement `LiveServerFactory`."""
+        __tracebackhide__ = True
         live = start_checked_in_thread(app, options)
         self._opened.append(live)
         return live._server
@@ -111,7 +144,12 @@ class LiveServers:
                 live.stop()
             except Exception as raised:  # noqa: BLE001 (so that the others are closed, too)
                 errors.append(raised)
-        if len(errors) > 1:
-            raise ExceptionGroup(f"{len(errors)} servers failed to close", errors[::-1])
-        for error in errors:
-            raise error
+        _raise_all(errors)
+
+
+def _raise_all(errors: list[Exception]) -> None:
+    __tracebackhide__ = True
+    if len(errors) > 1:
+        raise ExceptionGroup(f"{len(errors)} servers or clients failed to close", errors[::-1])
+    for error in errors:
+        raise error

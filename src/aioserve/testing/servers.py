@@ -11,13 +11,15 @@ from typing import Unpack
 
 import uvicorn
 
-from aioserve._errors import add_note
+from aioserve._errors import ServingError, add_note
 from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._serving import start
 from aioserve._thread import ServerThread, ThreadServer
+from aioserve.testing import app_errors
 
 SHUTDOWN_TIMEOUT = 1.0
+_BEFORE_APP = ("aioserve.", "uvicorn.")
 
 
 @asynccontextmanager
@@ -37,6 +39,7 @@ async def server(app: App, **options: Unpack[Options]) -> AsyncIterator[Server]:
         ServerCrashedError: The app's lifespan died in the block; this is raised at its end.
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `aioserve.serving()`.
     """
+    __tracebackhide__ = True
     async with await start_checked(app, options) as running:
         yield running
 
@@ -85,6 +88,8 @@ class CheckedServer:
         except BaseException as failure:
             add_note(failure, f"aioserve: this happened to {self.server.url}")
             raised = failure
+            if isinstance(failure, ServingError):
+                hide_our_frames(failure)
             raise
         finally:
             if forced := self._forced():
@@ -108,13 +113,36 @@ class CheckedServer:
 
 async def start_checked(app: App, options: Options) -> CheckedServer:
     """Start a server with the defaults for tests."""
+    __tracebackhide__ = True
     defaults: Options = {"disconnect_after": 0}
     if not (isinstance(app, uvicorn.Config) and app.timeout_graceful_shutdown is not None):
         defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     completed: Options = {**defaults, **options}
-    return CheckedServer(await start(app, **completed))
+    try:
+        running = await start(app, **completed)
+    except (ServingError, OSError, TypeError, ValueError, RuntimeError) as exc:
+        hide_our_frames(exc)
+        raise
+    app_errors.record(running)
+    return CheckedServer(running)
 
 
 def start_checked_in_thread(app: App, options: Options) -> ThreadServer:
     """Start the same in a thread; its end raises what a `CheckedServer` raises."""
+    __tracebackhide__ = True
     return ThreadServer(ServerThread(partial(start_checked, app, options)).begin())
+
+
+def hide_our_frames(error: BaseException) -> None:
+    """
+    Let an error show what it says, and where in the app its cause was raised.
+
+    Its own traceback begins where it is raised again.
+    """
+    cause = error.__cause__
+    if cause is not None:
+        frames = cause.__traceback__
+        while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(_BEFORE_APP):
+            frames = frames.tb_next
+        cause.__traceback__ = frames or cause.__traceback__
+    error.__traceback__ = None

@@ -205,3 +205,81 @@ class TestHowItEnds:
                     await aioserve_client(App(), heders={})
         """
         run_with_anyio(pytester, test).assert_outcomes(passed=1)
+
+    def test_failures_show_no_frames_of_aioserve(self, pytester: pytest.Pytester) -> None:
+        """But the line of the test or the fixture, and where in the app the cause was raised."""
+        test = """
+            import asyncio
+            import socket
+            import pytest
+            from aioserve import testing
+            from app import App
+
+            @pytest.fixture
+            def busy():
+                with socket.create_server(("127.0.0.1", 0)) as taken:
+                    yield taken.getsockname()[1]
+
+            @pytest.fixture
+            async def server(aioserve_server, busy):
+                return await aioserve_server(App(), port=busy)
+
+            async def fails(scope, receive, send):
+                await receive()
+                raise LookupError("startup")  # in the app
+
+            async def test_fixture(server):
+                pass
+
+            async def test_busy(aioserve_client, aioserve_server, busy):
+                await aioserve_server(App(), port=busy)
+
+            async def test_start(aioserve_client):
+                await aioserve_client(fails)
+
+            async def test_block():
+                async with testing.client(fails):
+                    pass
+
+            async def test_option(aioserve_client):
+                await aioserve_client(App(), lifespan="off")
+
+            async def test_crash(aioserve_client):
+                client = await aioserve_client(App())
+                await client.get("/crash")
+
+            async def test_forced(aioserve_server, aioserve_client):
+                server = await aioserve_server(App(), shutdown_timeout=0)
+                client = await aioserve_client(server)
+                asking = asyncio.create_task(client.get("/hang"))
+                while not server.stats.in_flight:
+                    await asyncio.sleep(0)
+                asking.cancel()
+
+            async def test_several(aioserve_server):
+                for name in ("first", "second"):
+                    await aioserve_server(App(name, shutdown="raises"))
+
+            def test_live(aioserve_live_server):
+                aioserve_live_server(App("live", shutdown="raises"))
+        """
+        done = run_with_anyio(pytester, test, "--show-capture=no")  # uvicorn's and our log lines have them
+        done.assert_outcomes(passed=4, failed=4, errors=5)
+        lines = [
+            "> *return await aioserve_server(App(), port=busy)",
+            "E       OSError: * port 0 takes a free port",
+            "E *LookupError: app has crashed",
+            "E *ServerCrashedError: *",
+            "E *AssertionError: GET /hang from *: forced shutdown of *",
+            "*| LookupError: first could not shut down",
+            "E *LookupError: live could not shut down",
+            "E *ShutdownError: *",
+            ">       await aioserve_server(App(), port=busy)",
+            "> *raise LookupError(*# in the app",
+            ">       await aioserve_client(fails)",
+            ">       async with testing.client(fails):",
+            ">       await aioserve_client(App(), lifespan=*",
+        ]
+        for line in lines:
+            done.stdout.fnmatch_lines(line)
+        done.stdout.no_fnmatch_line("*/aioserve/*.py*")

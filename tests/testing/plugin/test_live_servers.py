@@ -72,7 +72,7 @@ class TestLiveServers:
         done.assert_outcomes(passed=2, errors=1)
         lines = [
             "*ERROR at teardown of test_1*",
-            "*ExceptionGroup: 2 servers failed to close (2 sub-exceptions)",
+            "*ExceptionGroup: 2 servers or clients failed to close (2 sub-exceptions)",
             "*ShutdownError: *LookupError: second could not shut down",
             "*ServerCrashedError: *LookupError: third has crashed",
         ]

@@ -16,6 +16,7 @@ def test_certificate_authority_of_the_fixture_is_trusted(pytester: pytest.Pytest
     test = """
         import ssl
         import httpx
+        import httpx2
         import pytest
         from app import App
 
@@ -25,7 +26,7 @@ def test_certificate_authority_of_the_fixture_is_trusted(pytester: pytest.Pytest
             client = await aioserve_client(server)
             assert (await client.get("/")).status_code == 200
             client = await aioserve_client(server, verify=ssl.create_default_context())
-            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                 await client.get("/")
 
         def test_sync(aioserve_live_server, aioserve_tls):
