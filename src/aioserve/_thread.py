@@ -151,6 +151,7 @@ class ThreadServer:
                 for itself.
             TypeError, ValueError: As in `close()`.
         """
+        __tracebackhide__ = True  # pytest's: where it fails a test, that test is to be seen
         self._thread.check_caller("stop()")
         seconds = _limits.check_timeout("timeout", timeout)
         try:
@@ -195,6 +196,7 @@ class ThreadServer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        __tracebackhide__ = True
         try:
             self.stop()
         except Exception as error:
@@ -204,6 +206,7 @@ class ThreadServer:
                 add_failure(exc, error)
 
     def _raise(self) -> None:
+        __tracebackhide__ = True
         if self._thread.error is not None:
             raise self._thread.error.with_traceback(None)  # or it would grow with each call
 

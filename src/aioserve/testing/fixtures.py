@@ -10,7 +10,7 @@ from aioserve._options import App, Options
 from aioserve._server import Server
 from aioserve._thread import ThreadServer
 from aioserve.testing.clients import make_client
-from aioserve.testing.servers import start_checked, start_checked_in_thread
+from aioserve.testing.servers import hide_our_frames, start_checked, start_checked_in_thread
 
 if TYPE_CHECKING:
     import httpx2
@@ -149,6 +149,8 @@ class LiveServers:
 
 def _raise_all(errors: list[Exception]) -> None:
     __tracebackhide__ = True
+    for error in errors:
+        hide_our_frames(error)
     if len(errors) > 1:
         raise ExceptionGroup(f"{len(errors)} servers or clients failed to close", errors[::-1])
     for error in errors:
