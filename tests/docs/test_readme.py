@@ -9,6 +9,7 @@ import asyncio
 import builtins
 import contextlib
 import doctest
+import importlib.metadata
 import inspect
 import io
 import logging
@@ -160,3 +161,13 @@ def test_exit_codes_in_the_readme_are_those_of_the_command_line() -> None:
     members = text.split("It yields a `ServerProcess`")[1].split("\n\n")[0]
     found = set(re.findall(r"`(\w+)(?:\(\))?`", members)) - {"Server"}
     assert found == {name for name in dir(aioserve.ServerProcess) if not name.startswith("_")}
+
+
+def test_description_of_the_package_shows_no_picture_and_links_to_no_file_that_an_index_lacks() -> None:
+    """There, the README stands alone."""
+    description = importlib.metadata.metadata("aioserve-asgi").json["description"]
+    assert isinstance(description, str)
+    assert "async with serving(app" in description
+    assert [
+        target for target in re.findall(r"\]\(([^)]*)\)", description) if not target.startswith(("http", "#"))
+    ] == []
