@@ -12,9 +12,12 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
+from aioserve._public import public
+
 _ASYNCIO = asyncio.__file__.removesuffix("__init__.py")
 
 
+@public
 class Stats(SimpleNamespace):
     """What a server is doing and has done, at the moment of asking."""
 
@@ -26,6 +29,7 @@ class Stats(SimpleNamespace):
     """HTTP responses completed since the start."""
 
 
+@public
 class UnfinishedHandler(SimpleNamespace):
     """A handler that was still running when its time was over."""
 
@@ -49,6 +53,7 @@ class UnfinishedHandler(SimpleNamespace):
         return f"{request} from {client}{where}{', which is still running' if self.stuck else ''}"
 
 
+@public
 class Report(SimpleNamespace):
     """How a server was closed."""
 
