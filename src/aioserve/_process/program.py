@@ -120,7 +120,11 @@ async def _try_loop() -> None:
         accepted.setblocking(False)
         loop.add_reader(accepted.fileno(), lambda: None)
         loop.remove_reader(accepted.fileno())
-        transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
+        try:
+            transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
+        except BaseException:
+            accepted.close()
+            raise
         transport.close()
         await asyncio.sleep(0)
 

@@ -7,9 +7,15 @@ import sys
 import types
 from typing import Any
 
+from uvicorn import config
+
+_is_async = getattr(config, "iscoroutinefunction", inspect.iscoroutinefunction)  # by which uvicorn tells ASGI 3 and 2
+
 
 def name_of(app: Any) -> str:
     """Return what the user calls an app: its import string, its module and name, or the class of which it is."""
+    if isinstance(app, config.Config):
+        app = app.app
     if isinstance(app, str):
         return repr(app)
     if isinstance(app, types.ModuleType):
@@ -68,28 +74,21 @@ def _of_class(app: type, name: str) -> str:
 
 
 def _of_parameters(app: Any, name: str) -> str:
-    if _is_asgi3(app):
+    if _takes(app, 0, if_unknown=False):  # uvicorn calls it, to see whether it is a factory
+        if not _is_async(app if inspect.isfunction(app) else type(app).__call__):
+            return ""
         if _takes(app, 3):
-            if not _takes(app, 0, if_unknown=False):
-                return ""
-            return f"{name} can be called without arguments, so that uvicorn takes {name} for a factory: require three"
-        if _takes(app, 0):
-            call = f"await {getattr(app, '__name__', name)}()"
-            return f"{name} is a coroutine function, not an app: pass `{call}`, or make the app in a plain `def`"
-        return f"{name} is not an ASGI app, which takes the three arguments scope, receive and send"
-    if _takes(app, 0) or _takes(app, 1):  # a factory, which uvicorn calls; or ASGI 2
+            return f"{name} can be called without arguments, which uvicorn takes for a factory: give scope no default"
+        call = f"await {app.__name__}()" if inspect.isfunction(app) else "the app that the coroutine returns"
+        return f"{name} is a coroutine function, not an app: pass `{call}`, or make the app in a plain `def`"
+    is_asgi3 = _is_async(app if inspect.isfunction(app) else getattr(app, "__call__", None))  # noqa: B004 (as uvicorn)
+    if _takes(app, 3 if is_asgi3 else 1):
         return ""
-    if _takes(app, 2):
+    if not is_asgi3 and _takes(app, 2):
         return f"{name} is a WSGI app: pass a2wsgi.WSGIMiddleware(app), or interface='wsgi'"
-    if _takes(app, 3):
+    if not is_asgi3 and _takes(app, 3):
         return f"{name} is not an `async def` function, so that uvicorn takes it for ASGI 2: pass interface='asgi3'"
     return f"{name} is not an ASGI app, which takes the three arguments scope, receive and send"
-
-
-def _is_asgi3(app: Any) -> bool:
-    """Whether uvicorn takes an app that is no class for ASGI 3."""
-    call = app if inspect.isfunction(app) else getattr(app, "__call__", None)  # noqa: B004 (as uvicorn does)
-    return inspect.iscoroutinefunction(call)
 
 
 def _is_wsgi(call: Any) -> bool:

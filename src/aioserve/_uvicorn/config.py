@@ -197,12 +197,13 @@ def _load(config: uvicorn.Config, app_dir: str | None) -> None:
         config.loaded_app = _behind_proxies(loaded, config.forwarded_allow_ips)
     if type(loaded).__module__ == "uvicorn.middleware.message_logger":
         loaded = loaded.app
-    if config.interface != "asgi3" and type(loaded).__module__.startswith("uvicorn.middleware."):
+    is_asgi2 = config.interface == "asgi2" and type(loaded).__module__ == "uvicorn.middleware.asgi2"
+    while type(loaded).__module__.startswith("uvicorn.middleware."):
         loaded = loaded.app
     if inspect.iscoroutine(loaded) and loaded is not config.app:
         loaded.close()
         raise StartupError(f"cannot load {app}: its factory is a coroutine function; it must be a plain function")
-    _check_app(app, loaded, factory=False, interface=interface)
+    _check_app(app, loaded, factory=False, interface=interface if is_asgi2 else config.interface)
 
 
 def _import(app: str, app_dir: str | None) -> Any:
