@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from aioserve._swappable import Swappable
     from aioserve._thread import ThreadServer, start_in_thread
 
+    __version__: str
+
 __all__ = [
     "App",
     "Options",
@@ -68,11 +70,18 @@ _NAMES = {
 if not TYPE_CHECKING:  # or a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        for module, names in _NAMES.items():
+        for path, names in _NAMES.items():
             if name in names:
-                value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-                return value
+                module = import_module(f"{__name__}.{path}")
+                # All of them, since the hints of one class can name another.
+                globals().update((each, getattr(module, each)) for each in names)
+                return globals()[name]
+        if name == "__version__":
+            from importlib.metadata import version  # which takes longer than all else here
+
+            globals()[name] = version("aioserve-asgi")
+            return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, "__version__"})

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from aioserve._public import public
 
+
+@public
 class ServingError(Exception):
     """
     The base class of aioserve's own errors.
@@ -19,6 +22,7 @@ class ServingError(Exception):
     """
 
 
+@public
 class StartupError(ServingError):
     """
     The app could not be imported, built by its factory, or started by its lifespan.
@@ -28,6 +32,7 @@ class StartupError(ServingError):
     """
 
 
+@public
 class StartupTimeoutError(StartupError):
     """
     The app's lifespan did not finish its startup within `startup_timeout` seconds.
@@ -37,6 +42,7 @@ class StartupTimeoutError(StartupError):
     """
 
 
+@public
 class StartupInterruptedError(StartupError):
     """
     The server was told to stop before it had started: by one of the `stop_on_signals`, or by ``close(timeout=0)``.
@@ -45,6 +51,7 @@ class StartupInterruptedError(StartupError):
     """
 
 
+@public
 class ServerCrashedError(ServingError):
     """
     The server died. In a block that was running, the body is cancelled.
@@ -54,6 +61,7 @@ class ServerCrashedError(ServingError):
     """
 
 
+@public
 class ShutdownError(ServingError):
     """
     The app's lifespan failed at its shutdown, or did not finish it in time.

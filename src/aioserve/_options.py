@@ -4,7 +4,9 @@
 
 import asyncio
 import functools
+import inspect
 import os
+import re
 import signal
 import socket
 import types
@@ -91,24 +93,56 @@ TIMEOUTS: dict[str, float | None] = {
 }
 """Each with its default, in seconds."""
 
+DEFAULTS: dict[str, Any] = {
+    "host": "127.0.0.1",
+    "port": 0,
+    "reuse_port": False,
+    "uds": None,
+    "uds_mode": 0o600,
+    "fd": None,
+    "sockets": None,
+    "systemd": False,
+    "ssl": None,
+    **TIMEOUTS,
+    "stop_on_signals": False,
+    "log_config": None,
+}
+"""Those of aioserve's own options, and of an option for which uvicorn has another one."""
+
 LISTEN_OPTIONS = frozenset({"host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd"})
 
 OWN_OPTIONS = frozenset({*LISTEN_OPTIONS, *TIMEOUTS, "ssl", "stop_on_signals"})
 """Those that are not passed to `uvicorn.Config`."""
 
-_RELOAD = "aioserve does not restart processes; use a file watcher"
-_WORKERS = "aioserve has no worker processes"
+_RELOAD = "aioserve does not restart processes; use uvicorn --reload, or watchfiles"
+_WORKERS = "aioserve has no worker processes; use uvicorn --workers"
 
 # Options of uvicorn.Config that make no sense in a loop that is running already.
 REFUSED = {
     "callback_notify": "aioserve has no tick that calls it; run a task of your own",
     "env_file": "aioserve does not change the environment; load the file before the start",
     "http2": "uvicorn's is experimental: in a stop, new streams get a 503, and the GOAWAY comes only at the very end",
-    "loop": "the server runs in the loop that is running already",
-    "timeout_graceful_shutdown": "use shutdown_timeout",
+    "loop": "the server runs in the loop that is running already; choose one with asyncio.Runner(loop_factory=...)",
     "timeout_notify": "aioserve has no tick that calls callback_notify; run a task of your own",
 } | dict.fromkeys(("reload", "reload_delay", "reload_dirs", "reload_excludes", "reload_includes"), _RELOAD)
 REFUSED |= dict.fromkeys(("timeout_worker_healthcheck", "workers"), _WORKERS)
+
+RENAMED = {"timeout_graceful_shutdown": "shutdown_timeout"}
+
+# What other servers and libraries call an option, and the option that is meant, in braces.
+_MEANT = (
+    dict.fromkeys(("timeout", "timeouts"), "{startup_timeout} or {shutdown_timeout}")
+    | dict.fromkeys(("graceful_timeout", "grace", "grace_period", "shutdown_grace"), "{shutdown_timeout}")
+    | dict.fromkeys(("bind", "listen"), "{host} and {port}, or {uds}")
+    | dict.fromkeys(("address", "addr", "hostname", "interfaces", "ip"), "{host}")
+    | dict.fromkeys(("unix_socket", "unix", "unix_path", "socket_path", "path"), "{uds}")
+    | dict.fromkeys(("install_signal_handlers", "handle_signals", "signals"), "{stop_on_signals}")
+    | dict.fromkeys(("ssl_context", "sslcontext", "tls"), "{ssl}")
+    | dict.fromkeys(("certfile", "cert"), "{ssl_certfile}")
+    | dict.fromkeys(("keyfile", "key"), "{ssl_keyfile}")
+    | dict.fromkeys(("keep_alive", "keepalive", "keep_alive_timeout", "keepalive_timeout"), "{timeout_keep_alive}")
+    | {"debug": "{log_level}='debug' for the logs, and the framework's own option for pages with tracebacks"}
+)
 
 # What uvicorn would answer with a bare KeyError, or an import error.
 _CHOICES = {
@@ -144,14 +178,24 @@ _NOT_TO_HANDLE = {getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP",
 def check_names(options: Mapping[str, Any]) -> None:
     """Raise a `TypeError` where an option is unknown or refused."""
     for name in options:
+        if name in RENAMED:
+            raise TypeError(f"there is no option {name!r}; aioserve calls the same option {RENAMED[name]!r}")
         if name in REFUSED:
             raise TypeError(f"option {name!r} is not supported: {REFUSED[name]}")
         if name not in Options.__optional_keys__:
+            meant = option_meant(name)
+            if meant:
+                raise TypeError(f"there is no option {name!r}; use {meant}")
             import difflib  # only for a misspelt option
 
             near = difflib.get_close_matches(name, Options.__optional_keys__, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"there is no option {name!r}{hint}")
+            hint = f"did you mean {near[0]!r}?" if near else "help(aioserve.serving) lists all options"
+            raise TypeError(f"there is no option {name!r}; {hint}")
+
+
+def option_meant(name: str, spell: Callable[[str], str] = str) -> str:
+    """Return the option that is meant by a name that others use, spelt by the function; "" for any other name."""
+    return re.sub(r"{(\w+)}", lambda found: spell(found[1]), _MEANT.get(name, ""))
 
 
 def check_values(options: Mapping[str, Any]) -> None:
@@ -309,3 +353,8 @@ def config_parameters() -> frozenset[str]:
     """Return the options that the installed uvicorn has."""
     code = uvicorn.Config.__init__.__code__
     return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+def uvicorn_defaults() -> dict[str, Any]:
+    """Return the options that the installed uvicorn has, with its defaults."""
+    return {name: each.default for name, each in inspect.signature(uvicorn.Config).parameters.items()}

@@ -14,8 +14,10 @@ from typing import Any
 from urllib.parse import quote
 
 from aioserve._frames import InnerTasks, frames_of, is_in_thread, own_line, variable
+from aioserve._public import public
 
 
+@public
 class Stats(SimpleNamespace):
     """What a server is doing and has done, at the moment of asking."""
 
@@ -27,6 +29,7 @@ class Stats(SimpleNamespace):
     """HTTP responses completed since the start."""
 
 
+@public
 class UnfinishedHandler(SimpleNamespace):
     """A handler that was still running when its time was over."""
 
@@ -62,6 +65,7 @@ class UnfinishedHandler(SimpleNamespace):
         return f"{request}{named} from {client}{waiting}{thread}{', which is still running' if self.stuck else ''}"
 
 
+@public
 class Report(SimpleNamespace):
     """How a server was closed."""
 

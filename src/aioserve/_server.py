@@ -6,7 +6,7 @@ import asyncio
 import math
 import socket
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import anyio
 import uvicorn
@@ -15,6 +15,7 @@ from aioserve._engine import Engine
 from aioserve._errors import add_note, describe_error
 from aioserve._limits import check_timeout
 from aioserve._log import logger
+from aioserve._public import public
 from aioserve._report import Report, Stats
 from aioserve._server_task import ServerTask
 from aioserve._waiting import outlast
@@ -253,6 +254,7 @@ def _is_native(cancellation: BaseException | None) -> bool:
     return anyio.current_effective_deadline() > -math.inf or "cancel scope" not in str(cancellation)
 
 
+@public
 class Server(ServerHandle):
     """
     A running server: where it listens, what it is doing, and how to end it.
@@ -264,11 +266,12 @@ class Server(ServerHandle):
     Everything but `close()` has to be called in the event loop in which it was started.
     """
 
-    _engine: Engine
-    _uvicorn: uvicorn.Server | None = None
+    if TYPE_CHECKING:  # `typing.get_type_hints()` looks for the names of a public class in the package
+        _engine: Engine
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
+        self._uvicorn: uvicorn.Server | None = None
         engine.lifespan.state["aioserve"] = self
 
     @property

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
 
 from aioserve._engine import Engine
 from aioserve._errors import StartupError, StartupInterruptedError
+from aioserve._functions import AsyncBlock, with_options
 from aioserve._log import logger
 from aioserve._net.listeners import Listener
 from aioserve._options import App, Options
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 Handle = TypeVar("Handle", bound=ServerHandle)
 
 
+@with_options()
 def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager[Server]:
     """
     Serve an ASGI app for the length of a block.
@@ -122,9 +124,10 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         ValueError: An option is out of range.
         RuntimeError: There is no running asyncio event loop, or a signal cannot be handled here.
     """
-    return ServingContext(partial(parse, app, options), start_with)
+    return ServingContext("serving", app, partial(parse, app, options), start_with)
 
 
+@with_options(serving)
 async def start(app: App, **options: Unpack[Options]) -> Server:
     """
     Start serving an ASGI app, and return when it has started.
@@ -164,6 +167,7 @@ async def start(app: App, **options: Unpack[Options]) -> Server:
     return server
 
 
+@with_options(serving)
 async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **options: Unpack[Options]) -> None:
     """
     Serve an ASGI app until the task or the scope around it is cancelled, or the server closes.
@@ -186,7 +190,7 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
             nobody waiting, it returns.)
         OSError, StartupError, ShutdownError, TypeError, ValueError, RuntimeError: As in `serving()`.
     """
-    context = ServingContext(partial(parse, app, options), start_with)
+    context = ServingContext("serving", app, partial(parse, app, options), start_with)
     try:
         async with context as server:
             if task_status is not None:
@@ -203,7 +207,7 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
         listeners = await bind(settings, signals)
     try:
         with signals:  # a signal interrupts the import
-            load_config(settings.config, settings.ssl)
+            load_config(settings.config, settings.ssl, settings.app_dir)
         signals.take_back()
         server = Server(Engine(settings, listeners))
         server._engine.start()
@@ -299,15 +303,20 @@ class InterruptScope:
         return not has_others  # ours alone is swallowed: what comes next says why
 
 
-class ServingContext(Generic[Handle]):
+class ServingContext(AsyncBlock, Generic[Handle]):
     """A server for the length of a block, once; a crash of the server and a signal cancel the body."""
 
     _server: Handle
     _signals: Signals | None = None
 
     def __init__(
-        self, parse_options: Callable[[], Settings], start: Callable[[Settings, Signals], Awaitable[Handle]]
+        self,
+        function: str,
+        app: object,
+        parse_options: Callable[[], Settings],
+        start: Callable[[Settings, Signals], Awaitable[Handle]],
     ) -> None:
+        super().__init__(function, app)
         self._parse_options = parse_options
         self._start = start
         self._body = InterruptScope()
@@ -315,7 +324,7 @@ class ServingContext(Generic[Handle]):
     async def __aenter__(self) -> Handle:
         check_loop()
         if self._signals is not None:
-            raise RuntimeError("this block was entered before; call serving() or serving_process() for each block")
+            raise RuntimeError(f"{self!r} was entered before; call {self._function}() for each block")
         settings = self._parse_options()
         self._signals = signals = Signals(settings.stop_on_signals)
         signals.install()

@@ -20,8 +20,8 @@ from aioserve._options import TIMEOUTS, App
 from aioserve._uvicorn.config import make_config
 from aioserve._uvicorn.logs import warn_if_unseen
 
-_HOST = "127.0.0.1"
-_UDS_MODE = 0o600
+_HOST = _options.DEFAULTS["host"]
+_UDS_MODE = _options.DEFAULTS["uds_mode"]
 _OF_ONE_SERVER = ("READY=1",)
 _NOT_PASSED = _options.OWN_OPTIONS | {"access_log"}
 _BIND_FREE_PORT = partial(listeners.bind_addresses, _HOST, 0, reuse_port=False)
@@ -37,6 +37,8 @@ class Settings(NamedTuple):
     drain_delay: float
     disconnect_after: float | None
     stop_on_signals: tuple[int, ...]
+    app_dir: str | None = None
+    """Where the command line looks for the app."""
     systemd_states: tuple[str, ...] = ()
     """What systemd is told: "READY=1", "STOPPING=1"."""
     started_hint: str = ""
@@ -69,13 +71,8 @@ def parse(app: App, options: Mapping[str, Any]) -> Settings:
 
 
 def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
-    if not isinstance(app, str) and not callable(app):
-        raise TypeError(
-            f'app must be an ASGI callable, an import string like "package.module:attribute" or a uvicorn.Config, '
-            f"not {app!r}"
-        )
-    if isinstance(app, str) and not all(app.partition(":")):
-        raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
+    if isinstance(app, str):
+        _check_import_string(app)
     if options:
         _options.check_values(options)
 
@@ -95,6 +92,15 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
         warn_if_unseen(level=options.get("log_level"), access_log=options.get("access_log", False))
     systemd = options.get("systemd")
     return settings._replace(**_notifications(systemd)) if systemd else settings
+
+
+def _check_import_string(app: str) -> None:
+    if not all(app.partition(":")):
+        raise ValueError(f'an import string must look like "package.module:attribute", and {app!r} does not')
+    file, _, attribute = app.partition(":")
+    if file.endswith(".py"):
+        module = file.removesuffix(".py").replace(os.sep, ".")
+        raise ValueError(f'an import string names a module, and {app!r} names a file; write "{module}:{attribute}"')
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:

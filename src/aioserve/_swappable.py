@@ -22,11 +22,13 @@ from typing import Any
 from aioserve._errors import StartupError, StartupInterruptedError, describe_error
 from aioserve._limits import check_timeout
 from aioserve._log import logger
+from aioserve._public import public
 from aioserve._running_app import RunningApp
 from aioserve._types import ASGIApp, Receive, Scope, Send
 from aioserve._waiting import outlast
 
 
+@public
 class Swappable:
     """
     An ASGI app that stands for another one, which can be swapped while the server runs.

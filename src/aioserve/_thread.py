@@ -22,13 +22,16 @@ from typing import Any, NoReturn, Self, Unpack
 
 from aioserve import _limits
 from aioserve._errors import ServerCrashedError, StartupInterruptedError, describe_error
+from aioserve._functions import with_options
 from aioserve._log import logger
 from aioserve._options import App, Options
+from aioserve._public import public
 from aioserve._report import Report, Stats
 from aioserve._server import Server, add_failure
-from aioserve._serving import start
+from aioserve._serving import serving, start
 
 
+@with_options(serving)
 def start_in_thread(app: App, **options: Unpack[Options]) -> ThreadServer:
     """
     Start serving an ASGI app in a thread, and return when it has started: for programs without an event loop.
@@ -49,8 +52,10 @@ def start_in_thread(app: App, **options: Unpack[Options]) -> ThreadServer:
 
     Args:
         app: As in `serving()`.
-        options: As in `serving()`; but `stop_on_signals` is refused, because Python handles signals only in the main
-            thread: call `ThreadServer.close()` in a handler of yours.
+        options: As in `serving()`.
+
+    Of these, `stop_on_signals` is refused, because Python handles signals only in the main thread: call
+    `ThreadServer.close()` in a handler of yours.
 
     Raises:
         OSError, StartupError, TypeError, ValueError, RuntimeError: As in `start()`.
@@ -58,6 +63,7 @@ def start_in_thread(app: App, **options: Unpack[Options]) -> ThreadServer:
     return ThreadServer(ServerThread(partial(start, app, **options)).begin())
 
 
+@public
 class ThreadServer:
     """
     A running server in a thread: where it listens, what it is doing, and how to end it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +26,7 @@ try:
 except ImportError as _missing:
     sys.exit(f"The demo requires {_missing.name}; install it with pip install 'aioserve-asgi[demo]'")
 
-from aioserve import Server, serving
+from aioserve import Server, StartupInterruptedError, serving
 
 
 class Worker:
@@ -105,16 +106,16 @@ async def call_everything(server: Server) -> None:
         print("  WebSocket /echo:", await websocket.recv())
 
 
-async def main(port: int, *, once: bool) -> None:
-    """Run the worker, the server and the client in one loop."""
+async def main(port: int, *, once: bool) -> bool:
+    """Run the worker, the server and the client in one loop; return whether anything had to be forced."""
     worker = Worker()
     working = asyncio.create_task(worker.run())
     before = time.perf_counter()
     server: Server | None = None
     try:
-        async with serving(make_app(worker), port=port) as server:
+        async with serving(make_app(worker), port=port, stop_on_signals=True) as server:
             took = time.perf_counter() - before
-            print(f"started in {took * 1000:.1f} ms, with the import of uvicorn: {server.url}")
+            print(f"started in {took * 1000:.1f} ms, with the import of uvicorn" + (f": {server.url}" if once else ""))
             await call_everything(server)
             if not once:
                 print(f"open {server.url} in a browser; Ctrl+C stops, --port {server.port} uses this port again")
@@ -123,6 +124,7 @@ async def main(port: int, *, once: bool) -> None:
         working.cancel()
         if server is not None and server.report is not None:
             print(f"stopped in {server.report.duration * 1000:.1f} ms")
+    return server.report is None or server.report.was_forced
 
 
 PAGE: str = """\
@@ -176,16 +178,19 @@ the same port, this page continues.</p>
 
 
 def command_line() -> None:
-    """Run the demo as its arguments say."""
+    """Run the demo as its arguments say; the exit codes are those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m aioserve.demo", description="A program with a server inside.")
     parser.add_argument("--port", type=int, default=0, help="the port to serve on; 0, the default, takes a free port")
     parser.add_argument("--once", action="store_true", help="exit after the calls; do not wait for a browser")
     arguments = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
+    with contextlib.suppress(KeyboardInterrupt, StartupInterruptedError):  # a signal before the start
         try:
-            asyncio.run(main(arguments.port, once=arguments.once))
+            sys.exit(asyncio.run(main(arguments.port, once=arguments.once)))
         except (OSError, ValueError) as exc:  # the port is busy or invalid
-            sys.exit(f"The demo cannot start: {exc}")
+            print(f"The demo cannot start: {exc}", file=sys.stderr)
+            sys.exit(3)
 
 
 if __name__ == "__main__":

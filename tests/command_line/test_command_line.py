@@ -258,7 +258,12 @@ def test_busy_port_is_reported_before_the_app_is_imported() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere:app"], 'cannot load nowhere:app: ImportFromStringError: Could not import module "nowhere".'),
+        (
+            ["nowhere:app"],
+            f"cannot load nowhere:app: there is no module nowhere in {ROOT}; --app-dir names another directory",
+        ),
+        (["nowhere:app", "--app-dir=/tmp"], "there is no module nowhere in /tmp; --app-dir names another directory"),
+        (["tests.nowhere:app"], f"cannot load tests.nowhere:app: there is no module tests.nowhere in {ROOT}/tests"),
         (["tests.helpers.apps:nothing"], 'Attribute "nothing" not found in module "tests.helpers.apps".'),
         (["tests.helpers.apps:not_callable"], "cannot load tests.helpers.apps:not_callable: not an ASGI app: 42"),
         (["tests.helpers.apps:factory", "--factory", "--ssl-certfile=/nowhere"], "No such file or directory: /nowhere"),
@@ -319,8 +324,21 @@ def test_message_of_several_lines_is_printed_in_lines(app: str, message: str) ->
         ([], "Missing argument 'APP'."),
         (["app"], "an import string must look like \"package.module:attribute\", and 'app' does not"),
         (["a:b", "--prot=1"], "No such option.*--prot.*--port.*"),
-        (["a:b", "--workers=2"], "there is no option --workers: aioserve has no worker processes"),
-        (["a:b", "--reload"], "there is no option --reload: aioserve does not restart processes.*"),
+        (
+            ["a:b", "--workers=2"],
+            "there is no option --workers: aioserve has no worker processes; use uvicorn --workers",
+        ),
+        (
+            ["a:b", "--reload"],
+            "there is no option --reload: aioserve does not restart processes; use uvicorn --reload, or watchfiles",
+        ),
+        (
+            ["a:b", "--timeout-graceful-shutdown=5"],
+            "there is no option --timeout-graceful-shutdown; aioserve calls the same option --shutdown-timeout",
+        ),
+        (["a:b", "--bind=x"], "there is no option --bind; use --host and --port, or --uds"),
+        (["a:b", "--timeout=5"], "there is no option --timeout; use --startup-timeout or --shutdown-timeout"),
+        (["a:b", "--install-signal-handlers"], "No such option.*"),
         (["a:b", "--port=x"], "Invalid value for '--port': 'x' is not a valid integer."),
         (["a:b", "--port=70000"], "port must be from 0 to 65535, not 70000.*"),
         (["a:b", "--shutdown-timeout=long"], ".*'long' is not a number of seconds or none"),
@@ -335,21 +353,24 @@ def test_invalid_arguments_exit_with_2(arguments: list[str], message: str) -> No
     """One line says what is wrong."""
     code, err = refused(*arguments)
     assert code == 2
-    assert re.fullmatch(f"aioserve: {message}\n", err)
+    assert re.fullmatch(rf"aioserve: {message} \(aioserve --help lists the options\)\n", err)
 
 
 # Options.
 
 
 def test_every_option_of_serving_has_a_command_line_option() -> None:
-    """Except those that no string can express. The help lists each option once."""
+    """Except those that no string can express. The help lists each option once, and `-h` shows the same."""
     names = {each.name for each in (*OWN_OPTIONS, *PASSED_OPTIONS)}
     without_form = {"sockets", "ssl", "ssl_context_factory", "stop_on_signals"}
     there = _options.config_parameters() | set(_options.OWN_OPTIONS)  # an older uvicorn lacks some
     assert (_options.Options.__optional_keys__ & there) - names == without_form & there
     with command("--help") as program:
         assert program.end() == (0, "")
-    shown = re.findall(r"^  (--[\w-]+)", "\n".join(program.said), flags=re.MULTILINE)
+    with command("-h") as short:
+        assert short.end() == (0, "")
+    assert short.said == program.said
+    shown = re.findall(r"^  (?:-h, )?(--[\w-]+)", "\n".join(program.said), flags=re.MULTILINE)
     assert len(shown) == len(set(shown))
     hidden = {"--for-parent"}
     assert {*shown} | hidden == {
@@ -502,7 +523,10 @@ def test_ready_fd_that_cannot_be_written_to_is_refused() -> None:
         os.close(writing)
     assert (code, err) == (
         2,
-        f"aioserve: Invalid value for '--ready-fd': descriptor {reading} is not writable\n",
+        (
+            f"aioserve: Invalid value for '--ready-fd': descriptor {reading} is not writable "
+            "(aioserve --help lists the options)\n"
+        ),
     )
 
 
@@ -510,7 +534,7 @@ def test_header_without_a_colon_is_refused() -> None:
     """A header has a name and a value."""
     assert refused("tests.helpers.apps:factory", "--header", "foo") == (
         2,
-        "aioserve: --header must look like name:value, not 'foo'\n",
+        "aioserve: --header must look like name:value, not 'foo' (aioserve --help lists the options)\n",
     )
 
 
@@ -519,3 +543,112 @@ def test_unknown_host_is_reported_in_one_line() -> None:
     code, err = refused("tests.helpers.apps:factory", "--factory", "--host", "no-such-host.invalid")
     assert code == 3
     assert re.fullmatch(r"aioserve: cannot start: .*no-such-host\.invalid.*\n", err)
+
+
+# The loop.
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        ("zuvloop", "--loop zuvloop: there is no module zuvloop; pip install zuvloop"),
+        ("nowhere:make", "--loop nowhere:make: there is no module nowhere"),
+        ("asyncio:nothing", "--loop asyncio:nothing: AttributeError: module 'asyncio' has no attribute 'nothing'"),
+        (
+            "quick",
+            "--loop quick: choose auto, asyncio, uvloop, zuvloop, rloop, winloop, or a factory like module:factory",
+        ),
+        (
+            "tests.helpers.loops:without_accepting",
+            (
+                "--loop tests.helpers.loops:without_accepting: the loop has no connect_accepted_socket(), "
+                "which aioserve needs"
+            ),
+        ),
+    ],
+)
+def test_loop_that_cannot_be_used_is_reported_in_one_line(loop: str, message: str) -> None:
+    """The exit code is 3."""
+    code, err = refused("tests.helpers.apps:factory", "--factory", "--port=0", "--loop", loop)
+    assert (code, err) == (3, f"aioserve: cannot start: {message}\n")
+
+
+def test_uvloop_that_is_not_installed_is_reported_in_one_line() -> None:
+    """By its name, and with what to do."""
+    program = "import sys; sys.modules['uvloop'] = None; from aioserve._process.command import main; main()"
+    with Program("-c", program, "tests.helpers.apps:factory", "--factory", "--port=0", "--loop=uvloop") as without:
+        code, err = without.end()
+    assert code == 3
+    assert err == "aioserve: cannot start: --loop uvloop: there is no module uvloop; pip install uvloop\n"
+
+
+def test_loop_that_cannot_be_used_is_told_to_the_ready_fd() -> None:
+    """As any other reason."""
+    reading, writing = os.pipe()
+    with (
+        open(reading) as reader,
+        command("a:b", "--loop=nowhere:make", f"--ready-fd={writing}", pass_fds=(writing,)) as program,
+    ):
+        os.close(writing)
+        failed = json.loads(reader.read())
+        assert program.end()[0] == 3
+    assert failed["error"]["message"] == "--loop nowhere:make: there is no module nowhere"
+
+
+def test_loop_can_be_given_by_its_factory() -> None:
+    """As uvicorn takes it."""
+    with command(
+        "tests.helpers.apps:factory", "--factory", "--port=0", "--loop=tests.helpers.loops:make", "--log-level=warning"
+    ) as program:
+        assert program.wait_for("made ") == "made a loop"
+        url = program.wait_for("http")
+        assert httpx.get(url, trust_env=False).text == "hello"
+        program.send(signal.SIGTERM)
+        assert program.end() == (0, "")
+
+
+# The URL is said once.
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [("info", "INFO:     Uvicorn running on {} (Press CTRL+C to quit)"), ("warning", "{}")],
+    ids=["in the log", "printed, without the log"],
+)
+def test_url_is_said_once_where_output_and_errors_go_to_one_place(level: str, expected: str) -> None:
+    """As in a terminal, or in systemd's journal."""
+    program = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-u", *COMMAND, "tests.helpers.apps:factory", "--factory", "--port=0", "--log-level", level],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        text=True,
+    )
+    with program:
+        assert program.stdout is not None
+        first = program.stdout.readline()
+        program.send_signal(signal.SIGTERM)
+        rest = program.stdout.read()
+    url = re.search(r"http://127\.0\.0\.1:\d+", first)
+    assert url is not None
+    assert first == expected.format(url[0]) + "\n"
+    assert "running" not in rest
+    assert url[0] + "\n" not in rest.splitlines(keepends=True)
+    assert program.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        (
+            "tests.helpers.mistakes:wsgi",
+            "tests.helpers.mistakes:wsgi is a WSGI app: {}".format(
+                "pass a2wsgi.WSGIMiddleware(app), or interface='wsgi'"
+            ),
+        ),
+    ],
+)
+def test_app_that_is_none_is_reported_in_one_line(app: str, message: str) -> None:
+    """The exit code is 3."""
+    code, err = refused(app, "--port=0")
+    assert (code, err) == (3, f"aioserve: cannot start: cannot load {app}: {message}\n")

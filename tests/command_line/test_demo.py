@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from tests.conftest import WARNINGS_ARE_ERRORS
 
@@ -36,15 +37,20 @@ stopped in 0\.0 ms
     )
 
 
-def test_demo_serves_its_page_until_ctrl_c() -> None:
-    """An endless stream is open all the time, and does not delay the stop."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_demo_serves_its_page_until_a_signal(name: str) -> None:
+    """
+    An endless stream is open all the time, and does not delay the stop. What it prints can be read at once, also where
+    that is no terminal; the URL is there once.
+    """
 
     def not_in_the_background() -> None:
         # The test run may ignore Ctrl+C, as the background jobs of a shell do, and children inherit that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    buffered = [each for each in COMMAND if each != "-u"]
     with subprocess.Popen(  # noqa: S603
-        COMMAND, stdout=subprocess.PIPE, text=True, preexec_fn=not_in_the_background
+        buffered, stdout=subprocess.PIPE, text=True, preexec_fn=not_in_the_background
     ) as program:
         assert program.stdout is not None
         lines = []
@@ -56,15 +62,17 @@ def test_demo_serves_its_page_until_ctrl_c() -> None:
         with httpx.Client(base_url=url, trust_env=False) as client, client.stream("GET", "/events") as events:
             assert next(events.iter_lines()).startswith("data: ")
             assert "EventSource" in client.get("/").text
-            program.send_signal(signal.SIGINT)
-            assert "stopped in" in program.stdout.read()
+            program.send_signal(signal.Signals[name])
+            rest = program.stdout.read()
+        assert rest.startswith("  app: shut down, after the last request\nstopped in ")
+        assert "".join([*lines, rest]).count(url) == 1
         assert program.wait() == 0
 
 
 def test_demo_on_a_busy_port_says_so_in_one_line() -> None:
-    """Without a traceback."""
+    """Without a traceback, and with the exit code of the command line."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = str(busy.getsockname()[1])
         done = subprocess.run([*COMMAND, "--port", port], capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert re.fullmatch(rf"The demo cannot start: .*127\.0\.0\.1:{port}.*in use.*\n", done.stderr)

@@ -38,10 +38,6 @@ async def needs_nothing(scope: Scope | None = None, receive: Receive | None = No
     """Be taken for a factory: it can be called without arguments."""
 
 
-def no_coroutine(scope: Scope, receive: Receive, send: Send) -> Any:
-    """Be taken for ASGI 2."""
-
-
 class Asgi2:
     """An app of ASGI 2."""
 
@@ -53,12 +49,9 @@ class Asgi2:
 
 
 class Callable3:
-    """An app that is an instance, a class, or a method of it."""
+    """An app that is an instance."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Do nothing."""
-
-    async def method(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Do nothing."""
 
 
@@ -109,11 +102,8 @@ APPS: dict[str, Any] = {
     "with a default": with_a_default,
     "instance": Callable3(),
     "FastAPI": FastAPI(),
-    "method": Callable3().method,
-    "partial": partial(without_lifespan),
     "class": Asgi2,
     "class that is called": OfThat,
-    "no coroutine": no_coroutine,
     "factory": factory,
     "instance that makes one": Factory(),
     "its own call": WithItsOwnCall(),
@@ -234,8 +224,10 @@ def test_config_with_a_protocol_of_uvicorns_is_copied(option: str, names: set[st
 @pytest.mark.parametrize("app", [needs_nothing, NeedsNothing()], ids=["function", "instance"])
 def test_app_that_can_be_called_without_arguments_is_taken_for_a_factory(app: Any) -> None:
     """As by uvicorn; and then it is a factory that is a coroutine function, which is refused."""
-    with pytest.raises(StartupError, match="its factory is a coroutine function"):
+    with pytest.raises(TypeError, match="can be called without arguments, which uvicorn takes for a factory"):
         by_us(app, {})
+    with pytest.raises(StartupError, match="its factory is a coroutine function"):
+        load(uvicorn.Config(app, log_config=None))
 
 
 def test_forwarded_allow_ips_is_read_from_the_environment_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +243,7 @@ def test_forwarded_allow_ips_is_read_from_the_environment_each_time(monkeypatch:
 def test_web_concurrency_is_ignored(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a setting for programs that fork; uvicorn's command line would fail if it were no number."""
     monkeypatch.setenv("WEB_CONCURRENCY", workers)
-    for app in (without_lifespan, no_coroutine):
+    for app in (without_lifespan, factory):
         assert by_us(app, {}).workers == 1
 
 
@@ -368,13 +360,17 @@ asyncio.run(main())
     assert done.stdout == "SIGTERM stopped the server before it had started\n"
 
 
-def test_app_that_is_no_factory_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    """By its own name."""
+def test_factory_that_raises_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """With its own error."""
+
+    def broken() -> Any:
+        raise TypeError("the factory's own")
+
     by_us(without_lifespan, {})
     with pytest.raises(StartupError):
-        by_us(without_lifespan, {"factory": True})
+        by_us(broken, {"factory": True})
     (line,) = (record.getMessage() for record in caplog.records)
-    assert "without_lifespan()" in line
+    assert "the factory's own" in line
 
 
 def test_level_of_the_logger_is_read_each_time() -> None:

@@ -157,3 +157,8 @@ async def mistakes() -> None:
     async with serving_process(FastAPI()):  # type: ignore[arg-type]
         pass
     await start(None)  # type: ignore[arg-type]
+    with serving(FastAPI()):  # type: ignore[attr-defined]
+        pass
+    await serving(FastAPI())  # type: ignore[misc]
+    with serving_process("package.module:app"):  # type: ignore[attr-defined]
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ import uvicorn
 
 from aioserve._errors import message_of
 from aioserve._log import logger
-from aioserve._options import REFUSED, Options
+from aioserve._options import REFUSED, RENAMED, Options, option_meant
 from aioserve._process import child, messages
 from aioserve._process.program import run
 from aioserve._settings import parse
@@ -111,9 +112,10 @@ OWN_OPTIONS: list[click.Parameter] = [
     ),
     click.Option(
         ["--loop"],
-        type=click.Choice(["auto", "asyncio", "uvloop"]),
+        metavar="NAME",
         default="auto",
-        help="The event loop; auto is uvloop, if it is installed.  [default: auto]",
+        help="The event loop: asyncio, uvloop, zuvloop, rloop or winloop; auto is uvloop, if it is installed; or a "
+        "factory, like package.module:factory.  [default: auto]",
     ),
     click.Option(["--for-parent"], hidden=True, help="Descriptors that serving_process() has passed."),
 ]
@@ -126,7 +128,10 @@ PASSED_OPTIONS = [
 ]
 
 
-@click.command(cls=Command, params=[*OWN_OPTIONS, *PASSED_OPTIONS], context_settings={"max_content_width": 120})
+CONTEXT = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
+
+
+@click.command(cls=Command, params=[*OWN_OPTIONS, *PASSED_OPTIONS], context_settings=CONTEXT)
 @click.version_option(
     package_name="aioserve-asgi",
     message=f"aioserve %(version)s with uvicorn {uvicorn.__version__} on "
@@ -148,7 +153,8 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
         return child.run(app, for_parent)
 
     loop, ready_fd = given.pop("loop"), given.pop("ready_fd")
-    sys.path.insert(0, os.path.abspath(given.pop("app_dir")))
+    app_dir = os.path.abspath(given.pop("app_dir"))
+    sys.path.insert(0, app_dir)
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in given.items() if ctx.get_parameter_source(name) is not default}
     options = {"stop_on_signals": True, "log_config": log_config(given.get("log_level", "info")), **given}
@@ -166,14 +172,25 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     except Exception as exc:  # (a logging configuration can raise anything)
         raise click.UsageError(message_of(exc)) from exc
 
-    settings = settings.as_service()._replace(started_hint=" (Press CTRL+C to quit)")
-    return run(settings, partial(report_event, ready_fd=ready_fd), loop=loop)
+    settings = settings.as_service()._replace(started_hint=" (Press CTRL+C to quit)", app_dir=app_dir)
+    is_logged = "log_config" not in given and is_in_one_place()
+    return run(settings, partial(report_event, ready_fd=ready_fd, is_logged=is_logged), loop=loop)
 
 
-def report_event(event: messages.Event, *, ready_fd: int | None) -> None:
-    """Print where it serves, or why it does not, and write it as JSON to `ready_fd`."""
+def is_in_one_place() -> bool:
+    """Whether standard output and error are one terminal, or one file, and the log is read there as well."""
+    try:
+        return logging.getLogger("uvicorn.error").isEnabledFor(logging.INFO) and os.path.sameopenfile(1, 2)
+    except OSError:
+        return False
+
+
+def report_event(event: messages.Event, *, ready_fd: int | None, is_logged: bool) -> None:
+    """Print where it serves, unless the log says it in the same place, or why it does not; and write it as JSON."""
     kind, error = event["event"], event.get("error")
-    if kind == "ready":
+    if kind == "ready" and is_logged:
+        pass
+    elif kind == "ready":
         with suppress(OSError):  # nobody reads standard output
             click.echo("\n".join(event["urls"]))
     elif error is not None:
@@ -207,10 +224,23 @@ def main() -> NoReturn:
     try:
         code = command.main(standalone_mode=False)
     except click.ClickException as exc:
-        option = exc.option_name if isinstance(exc, click.NoSuchOption) else ""
-        name = option.lstrip("-").replace("-", "_")
-        is_refused = name in REFUSED and name in UVICORN_OPTIONS
-        message = f"there is no option {option}: {REFUSED[name]}" if is_refused else exc.format_message()
-        print_error(message.replace("\n", " "))
+        message = why_no_option(exc.option_name) if isinstance(exc, click.NoSuchOption) else ""
+        print_error(f"{message or exc.format_message()} (aioserve --help lists the options)".replace("\n", " "))
         code = USAGE_ERROR
     sys.exit(code)
+
+
+def why_no_option(option: str) -> str:
+    """Return what to use in place of an option that is refused, or has another name; "" for any other."""
+    name = option.lstrip("-").replace("-", "_")
+    if name in RENAMED:
+        return f"there is no option {option}; aioserve calls the same option {as_flag(RENAMED[name])}"
+    if name in REFUSED and name in UVICORN_OPTIONS:
+        return f"there is no option {option}: {REFUSED[name]}"
+    meant = option_meant(name, as_flag)
+    has_flag = "stop_on_signals" not in option_meant(name)
+    return f"there is no option {option}; use {meant}" if meant and has_flag else ""
+
+
+def as_flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

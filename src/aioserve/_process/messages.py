@@ -8,6 +8,7 @@ command line reports the same events to its user. Where systemd watches the pare
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import ssl
@@ -40,6 +41,8 @@ class Handover(NamedTuple):
 def options_for_child(app: object, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options for the child; raise a `TypeError` if they, or the app, cannot be passed to a process."""
     if not isinstance(app, str):
+        if inspect.iscoroutine(app):
+            app.close()  # or Python would warn that nobody has awaited it
         raise TypeError(
             f'an app for another process must be an import string like "package.module:attribute", not {app!r}; '
             "the child process imports it"

@@ -17,17 +17,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, suppress
-from typing import IO, Any, Unpack
+from typing import IO, TYPE_CHECKING, Any, Unpack
 
 from aioserve import _errors, _limits
+from aioserve._functions import with_options
 from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._options import Options
 from aioserve._process import messages
+from aioserve._public import public
 from aioserve._server import ServerHandle
 from aioserve._server_task import ServerTask
-from aioserve._serving import ServingContext, bind, wait_started
+from aioserve._serving import ServingContext, bind, serving, wait_started
 from aioserve._settings import Settings, parse
 from aioserve._signals import Signals, signal_name
 
@@ -35,6 +37,7 @@ from aioserve._signals import Signals, signal_name
 _LOGGING_OPTIONS = ("log_config", "log_level", "use_colors")
 
 
+@public
 class ServerProcess(ServerHandle):
     """
     A running server in a child process: where it listens, and how to end it.
@@ -43,7 +46,8 @@ class ServerProcess(ServerHandle):
     from anywhere.
     """
 
-    _engine: ChildProcess
+    if TYPE_CHECKING:  # as in `Server`
+        _engine: ChildProcess
 
     @property
     def pid(self) -> int:
@@ -52,11 +56,7 @@ class ServerProcess(ServerHandle):
 
     @property
     def returncode(self) -> int | None:
-        """
-        The child's exit code, or a signal's number, negated; `None` while it runs.
-
-        Also `None` if the system has thrown it away, since this program ignores SIGCHLD.
-        """
+        """The child's exit code, or a signal's number, negated; `None` while it runs, or if SIGCHLD is ignored."""
         return self._engine.process.returncode if self._engine.has_exit_code else None
 
     def _status(self) -> str:
@@ -68,6 +68,7 @@ class ServerProcess(ServerHandle):
         return f"<aioserve.ServerProcess {self.pid} {self.url} {self._status()}>"
 
 
+@with_options(serving)
 def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContextManager[ServerProcess]:
     """
     Serve an ASGI app in a child process for the length of a block.
@@ -83,7 +84,7 @@ def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContex
 
     Args:
         app: An import string ``"package.module:attribute"``.
-        options: As in `serving()`; those that are objects of this process (`ssl_context_factory`, a class for `http` or
+        options: As in `serving()`. Those that are objects of this process (`ssl_context_factory`, a class for `http` or
             `ws`) are refused. `startup_timeout` counts from the start of the child, imports included. The child logs
             warnings and errors to its standard error, unless `log_level` or `log_config`, which are only for the child,
             say otherwise. `stop_on_signals` is only for this process.
@@ -111,7 +112,7 @@ def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContex
         await wait_started(server, signals)
         return server
 
-    return ServingContext(parse_options, start)
+    return ServingContext("serving_process", app, parse_options, start)
 
 
 class ChildProcess(ServerTask):

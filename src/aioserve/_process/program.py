@@ -9,17 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import operator
 import os
 import signal
+import socket
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 
-from aioserve._errors import ServingError, StartupInterruptedError
+from aioserve._errors import ServingError, StartupError, StartupInterruptedError, describe_error
 from aioserve._net.listeners import Listener
 from aioserve._process import messages
 from aioserve._serving import start_with
 from aioserve._settings import Settings
 from aioserve._signals import SIGHUP, Signals, signal_name
+
+_KNOWN_LOOPS = ("auto", "asyncio", "uvloop")
+_LOOP_PACKAGES = ("uvloop", "zuvloop", "rloop", "winloop")
 
 # Exit codes.
 GRACEFUL = 0
@@ -63,7 +69,14 @@ def run(
                 signal.signal(signum, _exit)  # while our handlers are still there, so that there always is one
             signals.release()
 
-    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+    with contextlib.ExitStack() as stack:
+        try:
+            runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory(loop)))
+            if loop not in _KNOWN_LOOPS:
+                runner.run(_try_loop())
+        except Exception as exc:  # noqa: BLE001 (anything can be in a factory)
+            on_event(messages.failed(StartupError(f"--loop {loop}: {_why_no_loop(exc)}")))
+            return NOT_STARTED
         return runner.run(serve())
 
 
@@ -87,9 +100,42 @@ def _exit(signum: int, _frame: object) -> None:
         os._exit(FORCED)
 
 
-def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the loop: by its name, or as uvicorn takes it, `module:factory`."""
     if loop == "asyncio" or (loop == "auto" and importlib.util.find_spec("uvloop") is None):
         return asyncio.new_event_loop
-    import uvloop
+    package = "uvloop" if loop == "auto" else loop
+    module, _, name = (f"{package}:new_event_loop" if package in _LOOP_PACKAGES else package).partition(":")
+    if not module or not name:
+        raise LookupError(f"choose auto, asyncio, {', '.join(_LOOP_PACKAGES)}, or a factory like module:factory")
+    factory: Callable[[], asyncio.AbstractEventLoop] = operator.attrgetter(name)(importlib.import_module(module))
+    return factory
 
-    return uvloop.new_event_loop
+
+async def _try_loop() -> None:
+    """Try what a loop has to have, with a connection; some loops have the methods, and raise in them."""
+    loop = asyncio.get_running_loop()
+    accepted, client = socket.socketpair()
+    with client:
+        accepted.setblocking(False)
+        loop.add_reader(accepted.fileno(), lambda: None)
+        loop.remove_reader(accepted.fileno())
+        try:
+            transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
+        except BaseException:
+            accepted.close()
+            raise
+        transport.close()
+        await asyncio.sleep(0)
+
+
+def _why_no_loop(error: Exception) -> str:
+    match error:
+        case LookupError():
+            return str(error)
+        case ModuleNotFoundError():
+            return f"there is no module {error.name}" + (f"; pip install {error.name}" * (error.name in _LOOP_PACKAGES))
+        case NotImplementedError():
+            method = traceback.extract_tb(error.__traceback__)[-1].name
+            return f"the loop has no {method}(), which aioserve needs"
+    return describe_error(error)

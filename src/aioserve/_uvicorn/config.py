@@ -14,11 +14,12 @@ from typing import Any
 
 import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
-from uvicorn.importer import import_from_string
+from uvicorn.importer import ImportFromStringError, import_from_string
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from aioserve._errors import StartupError, describe_error
 from aioserve._types import Scope
+from aioserve._uvicorn import apps
 
 _LOGGER = logging.getLogger("uvicorn.error")
 # Options that are not only remembered: they import, set up logging, read files, or call something.
@@ -32,8 +33,16 @@ def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
 
     To make and load one takes half as long as all the rest of a start, and most servers of a program differ only in
     their apps.
+
+    Raises:
+        TypeError: The app is not one; an import string is imported later.
     """
-    environment = _environment(options) if _is_plain_asgi3(app) and _WITH_EFFECTS.isdisjoint(options) else None
+    is_plain = _is_plain_asgi3(app)
+    if not isinstance(app, str) and (not is_plain or "factory" in options):
+        wrong = apps.mistake(app, factory=options.get("factory", False), interface=options.get("interface", "auto"))
+        if wrong:
+            raise TypeError(wrong)
+    environment = _environment(options) if is_plain and _WITH_EFFECTS.isdisjoint(options) else None
     # There are no workers here, so uvicorn need not look for their number in the environment.
     options = {"log_config": None, "workers": 1, **options}
     if environment is not None:
@@ -68,17 +77,20 @@ def _environment(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 def _is_plain_asgi3(app: Any) -> bool:
     """
-    Whether uvicorn takes the app as it is: for ASGI 3, unless the options say otherwise, and not for a factory.
+    Whether uvicorn takes the app as it is: for ASGI 3, unless the options say otherwise, and not for a factory. It is
+    `False` also for what takes other arguments, and for a router of FastAPI's, which is no app.
 
     uvicorn takes for a factory what can be called without arguments, and does not take a class for ASGI 3.
     """
     # By their very types: a proxy can claim to be of another.
     function, bound = (app, 0) if type(app) is types.FunctionType else (type(app).__call__, 1)
-    if type(function) is not types.FunctionType or isinstance(app, type):
+    if type(function) is not types.FunctionType or isinstance(app, type) or type(app).__name__ == "APIRouter":
         return False
     code = function.__code__
-    required = code.co_argcount - len(function.__defaults__ or ()) - bound
-    return required > 0 and bool(code.co_flags & inspect.CO_COROUTINE)
+    most = code.co_argcount - bound
+    required = most - len(function.__defaults__ or ())
+    takes_three = required <= 3 and (most >= 3 or code.co_flags & inspect.CO_VARARGS)
+    return required > 0 and bool(takes_three and code.co_flags & inspect.CO_COROUTINE)
 
 
 class _Template:
@@ -131,23 +143,24 @@ def _trusted_hosts(hosts: str | tuple[str, ...]) -> Any:
     return ProxyHeadersMiddleware(no_app, hosts if isinstance(hosts, str) else list(hosts)).trusted_hosts
 
 
-def load_config(config: uvicorn.Config, ssl_context: ssl.SSLContext | None = None) -> None:
+def load_config(config: uvicorn.Config, ssl_context: ssl.SSLContext | None = None, app_dir: str | None = None) -> None:
     """
     Import the app and all that the Config names, if that is not done, and set a ready `ssl.SSLContext`.
 
-    It takes as long as the import takes, and blocks the loop.
+    It takes as long as the import takes, and blocks the loop. If there is no such module, the error names the directory
+    in which the command line looks for the app.
 
     Raises:
         OSError: A certificate or key file cannot be read.
         StartupError: The app cannot be imported, its factory failed, or what it returned cannot be called.
     """
     if not config.loaded:
-        _load(config)
+        _load(config, app_dir)
     if ssl_context is not None:
         config.ssl = ssl_context
 
 
-def _load(config: uvicorn.Config) -> None:
+def _load(config: uvicorn.Config, app_dir: str | None) -> None:
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         path = getattr(config, name)
         if path:
@@ -155,11 +168,17 @@ def _load(config: uvicorn.Config) -> None:
                 pass
 
     app = config.app if isinstance(config.app, str) else "the app"
+    interface = config.interface
     behind_proxies, config.proxy_headers = config.proxy_headers, False  # done below
     try:
         if isinstance(config.app, str):
-            import_from_string(config.app)  # before uvicorn does it, and logs what it raises
+            imported = _import(config.app, app_dir)  # before uvicorn does it, and logs what it raises
+            _check_app(app, imported, factory=config.factory, interface=interface)
+        elif config.factory:
+            _check_app(app, config.app, factory=True, interface=interface)
         config.load()
+    except StartupError:
+        raise
     except SystemExit as exc:
         reason = exc.__context__ or exc  # uvicorn's own has a context; one of the app's is the reason itself
         raise StartupError(f"cannot load {app}: {describe_error(reason)}") from reason
@@ -173,16 +192,47 @@ def _load(config: uvicorn.Config) -> None:
         config.proxy_headers = behind_proxies
 
     _check_protocol(config)
-    loaded = config.loaded_app
+    loaded: Any = config.loaded_app
     if behind_proxies:
         config.loaded_app = _behind_proxies(loaded, config.forwarded_allow_ips)
+    if type(loaded).__module__ == "uvicorn.middleware.message_logger":
+        loaded = loaded.app
+    is_asgi2 = config.interface == "asgi2" and type(loaded).__module__ == "uvicorn.middleware.asgi2"
     while type(loaded).__module__.startswith("uvicorn.middleware."):
         loaded = loaded.app
-    if inspect.iscoroutine(loaded):
+    if inspect.iscoroutine(loaded) and loaded is not config.app:
         loaded.close()
         raise StartupError(f"cannot load {app}: its factory is a coroutine function; it must be a plain function")
-    if not callable(loaded):
-        raise StartupError(f"cannot load {app}: not an ASGI app: {loaded!r}")
+    _check_app(app, loaded, factory=False, interface=interface if is_asgi2 else config.interface)
+
+
+def _import(app: str, app_dir: str | None) -> Any:
+    try:
+        return import_from_string(app)
+    except Exception as exc:
+        error = exc.__context__ if isinstance(exc, ImportFromStringError) else exc
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{app.partition(':')[0]}.".startswith(f"{missing}."):
+            raise
+        raise StartupError(f"cannot load {app}: {_where_it_is_not(missing, app_dir)}") from exc
+
+
+def _where_it_is_not(missing: str, app_dir: str | None) -> str:
+    parent = missing.rpartition(".")[0]
+    if parent:
+        folders = getattr(sys.modules.get(parent), "__path__", None)
+        if folders is None:
+            return f"{parent} is not a package"
+        return f"there is no module {missing} in {next(iter(folders), parent)}"
+    if app_dir is not None:
+        return f"there is no module {missing} in {app_dir}; --app-dir names another directory"
+    return f"there is no module {missing} in sys.path, which begins with {os.path.abspath(sys.path[0])}"
+
+
+def _check_app(name: str, app: Any, *, factory: bool, interface: str) -> None:
+    wrong = apps.mistake(app, factory=factory, interface=interface)
+    if wrong:
+        raise StartupError(f"cannot load {name}: {wrong}")
 
 
 _KNOWN_PROTOCOLS = {
