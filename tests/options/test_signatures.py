@@ -18,11 +18,11 @@ import pytest
 import uvicorn
 
 import aioserve
-from aioserve import Options, _options, serve, serving, serving_process, start
+from aioserve import Options, _options, serve, serving, serving_process, start, start_in_thread
 from aioserve._settings import parse
 from tests.helpers.apps import App, without_lifespan
 
-FUNCTIONS = [serving, start, serve, serving_process]
+FUNCTIONS = [serving, start, serve, start_in_thread, serving_process]
 NAMES = [each.__name__ for each in FUNCTIONS]
 
 
@@ -83,8 +83,8 @@ import inspect
 made = []
 inspect_signature = inspect.signature
 inspect.signature = lambda *args, **kwargs: made.append(args) or inspect_signature(*args, **kwargs)
-from aioserve import serving, start, serve, serving_process
-print(len(made), len(inspect.signature(start).parameters) > 40)
+from aioserve import serving, start, serve, start_in_thread, serving_process
+print(len(made), len(inspect.signature(start_in_thread).parameters) > 40)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout == "0 True\n"

@@ -8,8 +8,7 @@ import asyncio
 import functools
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -147,33 +146,31 @@ async def test_endpoint_of_a_copied_scope_is_named() -> None:
     assert handler.endpoint == f"{__name__}.{slow.__qualname__}"
 
 
-@contextmanager
-def released(event: threading.Event) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        event.set()
-
-
 @pytest.mark.parametrize("middleware", [False, True])
-async def test_synchronous_endpoint_is_said_to_go_on_in_its_thread(middleware: bool) -> None:
+def test_synchronous_endpoint_is_said_to_go_on_in_its_thread(middleware: bool) -> None:
     """No cancellation can end it."""
-    begun, release = asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-    app = FastAPI()
-    if middleware:
-        app.middleware("http")(pass_through)
+    release = threading.Event()
 
-    @app.get("/slow")
-    def slow() -> None:
-        loop.call_soon_threadsafe(begun.set)
-        release.wait(20)
+    async def main() -> UnfinishedHandler:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        app = FastAPI()
+        if middleware:
+            app.middleware("http")(pass_through)
 
-    with released(release):
-        handler = await cut_off(app, "/slow", begun)
+        @app.get("/slow")
+        def slow() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            release.wait(20)
+
+        try:
+            return await cut_off(app, "/slow", begun)
+        finally:
+            release.set()
+
+    handler = asyncio.run(main())  # a loop of its own: the worker thread lives as long as its loop
     assert handler.in_thread
     assert ", in a thread, which goes on" in str(handler)
-    await anyio.to_thread.run_sync(lambda: None)
 
 
 async def test_stream_of_an_endpoint_that_has_returned_is_named_after_the_endpoint() -> None:
