@@ -37,7 +37,7 @@ def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
         TypeError: The app is not one; an import string is imported later.
     """
     is_plain = _is_plain_asgi3(app)
-    if not isinstance(app, str) and (not is_plain or "factory" in options):
+    if (not is_plain or "factory" in options) and not isinstance(app, str):
         from aioserve._uvicorn.apps import mistake  # only for what is not as usual
 
         wrong = mistake(app, factory=options.get("factory", False), interface=options.get("interface", "auto"))
