@@ -84,9 +84,8 @@ _OTHER_WAYS = {
 class AsyncBlock:
     """What a function returns whose block has to be an async one; it says so where it is used in another way."""
 
-    def __init__(self, function: str, app: object) -> None:
-        self._function = function
-        self._app = app
+    _function: str
+    _app: object
 
     def _refuse(self, word: str) -> NoReturn:
         call = f"{self._function}(app)"

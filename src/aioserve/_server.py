@@ -268,10 +268,12 @@ class Server(ServerHandle):
 
     if TYPE_CHECKING:  # `typing.get_type_hints()` looks for the names of a public class in the package
         _engine: Engine
+        _uvicorn: uvicorn.Server | None
+    else:
+        _uvicorn = None
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._uvicorn: uvicorn.Server | None = None
         engine.lifespan.state["aioserve"] = self
 
     @property

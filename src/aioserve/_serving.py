@@ -316,7 +316,8 @@ class ServingContext(AsyncBlock, Generic[Handle]):
         parse_options: Callable[[], Settings],
         start: Callable[[Settings, Signals], Awaitable[Handle]],
     ) -> None:
-        super().__init__(function, app)
+        self._function = function
+        self._app = app
         self._parse_options = parse_options
         self._start = start
         self._body = InterruptScope()

@@ -109,7 +109,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
     if again:
         instead = "set it there" if again[0] in _options.config_parameters() else "pass the app instead of the Config"
         raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; {instead}")
-    timeouts = _timeouts(options)
+    timeouts: dict[str, Any] = _timeouts(options)
     if config.timeout_graceful_shutdown is not None:
         if "shutdown_timeout" in options:
             raise TypeError("pass either shutdown_timeout or the Config's timeout_graceful_shutdown, not both")

@@ -122,9 +122,10 @@ async def main(port: int, *, once: bool) -> bool:
                 await server.wait_closed()
     finally:
         working.cancel()
-        if server is not None and server.report is not None:
-            print(f"stopped in {server.report.duration * 1000:.1f} ms")
-    return server.report is None or server.report.was_forced
+        report = None if server is None else server.report
+        if report is not None:
+            print(f"stopped in {report.duration * 1000:.1f} ms")
+    return report is None or report.was_forced
 
 
 PAGE: str = """\

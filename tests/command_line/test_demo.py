@@ -4,6 +4,7 @@ The demo, run as its users run it.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -49,8 +50,9 @@ def test_demo_serves_its_page_until_a_signal(name: str) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     buffered = [each for each in COMMAND if each != "-u"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(  # noqa: S603
-        buffered, stdout=subprocess.PIPE, text=True, preexec_fn=not_in_the_background
+        buffered, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=not_in_the_background
     ) as program:
         assert program.stdout is not None
         lines = []

@@ -126,14 +126,14 @@ def test_options_in_the_readme_are_all_the_options() -> None:
     section = README.read_text().split("## Three ways to start")[1].split("\n## ")[0]
     rows: dict[str, str] = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section, flags=re.MULTILINE))
     assert set(rows) == {*_options.OWN_OPTIONS, "lifespan", "factory"}
-    settings = parse(App, {})
+    settings = parse(App(), {})
     defaults: dict[str, Any] = {name: ast.literal_eval(value) for name, value in rows.items()}
     for name in set(_options.OWN_OPTIONS) - set(_options.LISTEN_OPTIONS):
-        assert getattr(parse(App, {name: defaults[name]}), name) == getattr(settings, name)
+        assert getattr(parse(App(), {name: defaults[name]}), name) == getattr(settings, name)
     for name in _options.LISTEN_OPTIONS:  # passing the default is the same as passing nothing
         rest = {"uds": "app.sock"} if name == "uds_mode" else {}
-        said: Any = parse(App, {**rest, name: defaults[name]}).bind
-        unsaid: Any = parse(App, rest).bind
+        said: Any = parse(App(), {**rest, name: defaults[name]}).bind
+        unsaid: Any = parse(App(), rest).bind
         assert (said.func, said.args, said.keywords) == (unsaid.func, unsaid.args, unsaid.keywords)
     for name in ("lifespan", "factory"):
         assert getattr(settings.config, name) == defaults[name]

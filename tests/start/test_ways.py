@@ -24,9 +24,9 @@ async def test_serving_block_can_be_entered_only_once() -> None:
     """Entered again, it would have two servers to close, and know only one."""
     block = serving(App())
     async with block:
-        with pytest.raises(RuntimeError, match=r"entered before; call serving\(\) or serving_process\(\) for each"):
+        with pytest.raises(RuntimeError, match=r"was entered before; call serving\(\) for each block"):
             await block.__aenter__()
-    with pytest.raises(RuntimeError, match=r"entered before; call serving\(\) or serving_process\(\) for each"):
+    with pytest.raises(RuntimeError, match=r"was entered before; call serving\(\) for each block"):
         await block.__aenter__()
 
 
@@ -44,7 +44,7 @@ async def test_serving_block_can_be_entered_by_one_task_only() -> None:
     block = serving(app)
     first = asyncio.create_task(block.__aenter__())
     await starting.wait()
-    with pytest.raises(RuntimeError, match=r"entered before; call serving\(\) or serving_process\(\) for each"):
+    with pytest.raises(RuntimeError, match=r"was entered before; call serving\(\) for each block"):
         await block.__aenter__()
     release.set()
     await first

@@ -143,8 +143,9 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     """
     Serve the ASGI app APP, an import string like package.module:app.
 
-    When it serves, it prints its URLs, one per line. It serves until Ctrl+C, SIGTERM or SIGHUP, and then stops
-    gracefully; a second Ctrl+C or SIGTERM forces the stop. Logs go to standard error.
+    When it serves, it prints its URLs, one per line, unless the log shows them in the same place. It serves until
+    Ctrl+C, SIGTERM or SIGHUP, and then stops gracefully; a second Ctrl+C or SIGTERM forces the stop. Logs go to
+    standard error.
 
     Exit codes: 0 after a graceful stop or an interrupted start; 1 after a forced stop, a crash or a failed shutdown; 2
     for a wrong command line; 3 if it could not start.

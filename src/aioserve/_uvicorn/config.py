@@ -19,7 +19,6 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from aioserve._errors import StartupError, describe_error
 from aioserve._types import Scope
-from aioserve._uvicorn import apps
 
 _LOGGER = logging.getLogger("uvicorn.error")
 # Options that are not only remembered: they import, set up logging, read files, or call something.
@@ -38,8 +37,10 @@ def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
         TypeError: The app is not one; an import string is imported later.
     """
     is_plain = _is_plain_asgi3(app)
-    if not isinstance(app, str) and (not is_plain or "factory" in options):
-        wrong = apps.mistake(app, factory=options.get("factory", False), interface=options.get("interface", "auto"))
+    if (not is_plain or "factory" in options) and not isinstance(app, str):
+        from aioserve._uvicorn.apps import mistake  # only for what is not as usual
+
+        wrong = mistake(app, factory=options.get("factory", False), interface=options.get("interface", "auto"))
         if wrong:
             raise TypeError(wrong)
     environment = _environment(options) if is_plain and _WITH_EFFECTS.isdisjoint(options) else None
@@ -230,7 +231,9 @@ def _where_it_is_not(missing: str, app_dir: str | None) -> str:
 
 
 def _check_app(name: str, app: Any, *, factory: bool, interface: str) -> None:
-    wrong = apps.mistake(app, factory=factory, interface=interface)
+    from aioserve._uvicorn.apps import mistake  # only for an app that is imported, or not as usual
+
+    wrong = mistake(app, factory=factory, interface=interface)
     if wrong:
         raise StartupError(f"cannot load {name}: {wrong}")
 
