@@ -17,12 +17,11 @@ import uvicorn
 from aioserve import _limits
 from aioserve._closer import Closer
 from aioserve._finish import is_event_stream
-from aioserve._frames import find_inner_tasks
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import drop, hang_up
-from aioserve._report import UnfinishedHandler, unfinished_handler
+from aioserve._report import UnfinishedHandler, find_inner_tasks, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket

@@ -1,5 +1,5 @@
 """
-The exceptions of aioserve.
+The exceptions of aioserve, and what its public classes call themselves.
 
 Where Python has a word already, that word stays: a busy port is an `OSError`, a misspelt option is a `TypeError`, a
 value out of range is a `ValueError`. `__cause__` is the app's own
@@ -9,8 +9,17 @@ exception, unchanged, where there is one; for an app in a child process, a note 
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any, TypeVar
 
-from aioserve._public import public
+T = TypeVar("T", bound=Any)
+
+
+def public(found: T) -> T:
+    """Let a class or a function show under the name that users import, like `aioserve.Server`."""
+    found.__module__ = "aioserve"
+    with suppress(AttributeError):  # or `inspect.getsource()` would take that line of the package's `__init__.py`
+        del found.__firstlineno__
+    return found
 
 
 @public

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserve import _limits
 from aioserve._log import logger
 from aioserve._report import Report, UnfinishedHandler, count, describe_handlers
-from aioserve._types import Scope
 from aioserve._waiting import Condition, SlowStop
+
+if TYPE_CHECKING:
+    from aioserve._types import Scope
 
 
 def is_event_stream(scope: Scope) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from aioserve import _options
-from aioserve._public import public
+from aioserve._errors import public
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, StartupInterruptedError, StartupTimeoutError, describe_error
-from aioserve._frames import line_of
 from aioserve._log import logger
-from aioserve._types import ASGIApp, Message, Scope
+from aioserve._report import line_of
 from aioserve._waiting import Condition, SlowStop, start_task
+
+if TYPE_CHECKING:
+    from aioserve._types import ASGIApp, Message, Scope
 
 
 class Lifespan:

@@ -11,17 +11,18 @@ import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable, Collection
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioserve import _limits
 from aioserve._errors import ShutdownError, StartupError, describe_error
 from aioserve._finish import finish, is_event_stream
-from aioserve._frames import find_inner_tasks
 from aioserve._lifespan import Lifespan
 from aioserve._log import logger
-from aioserve._report import UnfinishedHandler, unfinished_handler
-from aioserve._types import ASGIApp, Message, Receive, Scope, Send
+from aioserve._report import UnfinishedHandler, find_inner_tasks, unfinished_handler
 from aioserve._waiting import Condition, SlowStop, after_turns, let_die_quietly
+
+if TYPE_CHECKING:
+    from aioserve._types import ASGIApp, Message, Receive, Scope, Send
 
 SERVICE_RESTART = 1012
 _REPLACED = b"The app that should have answered this was replaced. Please try again.\n"

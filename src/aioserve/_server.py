@@ -12,10 +12,9 @@ import anyio
 import uvicorn
 
 from aioserve._engine import Engine
-from aioserve._errors import add_note, describe_error
+from aioserve._errors import add_note, describe_error, public
 from aioserve._limits import check_timeout
 from aioserve._log import logger
-from aioserve._public import public
 from aioserve._report import Report, Stats
 from aioserve._server_task import ServerTask
 from aioserve._waiting import outlast

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aioserve._errors import StartupError, StartupInterruptedError, describe_error
+from aioserve._errors import StartupError, StartupInterruptedError, describe_error, public
 from aioserve._limits import check_timeout
 from aioserve._log import logger
-from aioserve._public import public
 from aioserve._running_app import RunningApp
-from aioserve._types import ASGIApp, Receive, Scope, Send
 from aioserve._waiting import outlast
+
+if TYPE_CHECKING:
+    from aioserve._types import ASGIApp, Receive, Scope, Send
 
 
 @public

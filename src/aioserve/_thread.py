@@ -21,11 +21,10 @@ from types import TracebackType
 from typing import Any, NoReturn, Self, Unpack
 
 from aioserve import _limits
-from aioserve._errors import ServerCrashedError, StartupInterruptedError, describe_error
+from aioserve._errors import ServerCrashedError, StartupInterruptedError, describe_error, public
 from aioserve._functions import with_options
 from aioserve._log import logger
 from aioserve._options import App, Options
-from aioserve._public import public
 from aioserve._report import Report, Stats
 from aioserve._server import Server, add_failure
 from aioserve._serving import serving, start

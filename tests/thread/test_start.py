@@ -93,7 +93,7 @@ def test_failed_start_in_a_thread_raises_what_start_raises_and_leaves_nothing() 
     assert caught.value.__cause__ is app.error
     with pytest.raises(StartupTimeoutError):
         start_in_thread(App(startup="hangs"), startup_timeout=0.01)
-    with pytest.raises(StartupError, match='there is no module nowhere in sys.path'):
+    with pytest.raises(StartupError, match=r"there is no module nowhere in sys\.path"):
         start_in_thread("nowhere:app")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         start_in_thread(App(), port=taken.getsockname()[1])

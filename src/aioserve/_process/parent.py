@@ -20,13 +20,13 @@ from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from typing import IO, TYPE_CHECKING, Any, Unpack
 
 from aioserve import _errors, _limits
+from aioserve._errors import public
 from aioserve._functions import with_options
 from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
 from aioserve._options import Options
 from aioserve._process import messages
-from aioserve._public import public
 from aioserve._server import ServerHandle
 from aioserve._server_task import ServerTask
 from aioserve._serving import ServingContext, bind, serving, wait_started

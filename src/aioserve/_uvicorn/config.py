@@ -10,7 +10,7 @@ import ssl
 import sys
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
@@ -18,7 +18,9 @@ from uvicorn.importer import ImportFromStringError, import_from_string
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from aioserve._errors import StartupError, describe_error
-from aioserve._types import Scope
+
+if TYPE_CHECKING:
+    from aioserve._types import Scope
 
 _LOGGER = logging.getLogger("uvicorn.error")
 # Options that are not only remembered: they import, set up logging, read files, or call something.

@@ -19,8 +19,8 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from aioserve import _limits
-from aioserve._frames import awaited_by, coroutines_held_by, frame_of
 from aioserve._lifespan import Lifespan
+from aioserve._report import awaited_by, coroutines_held_by, frame_of
 
 
 class Observer(Protocol):
