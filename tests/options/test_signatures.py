@@ -82,7 +82,13 @@ def test_signature_is_made_when_it_is_looked_at() -> None:
 import inspect
 made = []
 inspect_signature = inspect.signature
-inspect.signature = lambda *args, **kwargs: made.append(args) or inspect_signature(*args, **kwargs)
+
+def signature(function, **kwargs):
+    if str(getattr(function, "__module__", "")).startswith("aioserve"):  # Python's own modules look at others
+        made.append(function)
+    return inspect_signature(function, **kwargs)
+
+inspect.signature = signature
 from aioserve import serving, start, serve, start_in_thread, serving_process
 print(len(made), len(inspect.signature(start_in_thread).parameters) > 40)
 """
