@@ -17,6 +17,6 @@ def longest_stop(arguments: Sequence[str]) -> float:
     with command.make_context("aioserve", [*arguments]) as context:
         names = ("drain_delay", "shutdown_timeout")
         given = {name: context.params[name] for name in names if context.params[name] is not None}
-    settings = parse(App, given)
+    settings = parse(App(), given)
     assert settings.shutdown_timeout is not None
     return _limits.longest_stop(settings.drain_delay, settings.shutdown_timeout)
