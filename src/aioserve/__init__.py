@@ -84,4 +84,4 @@ if not TYPE_CHECKING:  # or a type checker would accept any name
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "__version__"})
+        return sorted({*__all__, "__version__"})

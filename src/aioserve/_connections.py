@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import drop, hang_up
-from aioserve._report import UnfinishedHandler, find_inner_tasks, unfinished_handler
+from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import announce_close
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
@@ -92,9 +92,9 @@ class Connections:
         is_accepting = self.acceptor.pending or self.acceptor.has_rest
         return not (is_accepting or self.state.tasks or self._background)
 
-    def unfinished(self) -> list[tuple[asyncio.Task[Any], UnfinishedHandler]]:
-        inner = find_inner_tasks()
-        return [(task, unfinished_handler(protocols.scope_of(task), task, inner)) for task in self.state.tasks]
+    def unfinished(self) -> Iterator[tuple[asyncio.Task[Any], UnfinishedHandler]]:
+        for task in tuple(self.state.tasks):
+            yield task, unfinished_handler(protocols.scope_of(task), task)
 
     def has_more_requests(self, connection: Any) -> bool:
         """Whether a client has sent more requests, without waiting for an answer to the first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserve import _limits
@@ -31,6 +32,18 @@ class Work(Protocol):
     def disconnect_handlers(self) -> None: ...
     def cancel(self, handler: Any) -> None: ...
     def abort_connections(self) -> int: ...
+
+
+def _advice(report: Report, advice: str) -> str:
+    handlers = [*report.cancelled, *report.disconnected]
+    if handlers and all(each.in_thread for each in handlers):
+        return "; a thread cannot be cancelled, so let its work have a time limit"
+    return advice if handlers else ""
+
+
+def _what_is_left(work: Work) -> str:
+    described = describe_handlers(each for _, each in work.unfinished())
+    return f"{count(len(work.handlers()), 'handler')} ({described})" if described else "connections that are still open"
 
 
 async def finish(
@@ -62,21 +75,22 @@ async def finish(
     def is_over() -> bool:
         return work.is_finished() or is_expired()
 
-    def what_is_left() -> str:
-        handlers = [each for _, each in work.unfinished()]
-        return f"{count(len(handlers), 'handler')} ({describe_handlers(handlers)})" if handlers else "its connections"
+    def all_time_left() -> float | None:
+        until = deadline()
+        limits = (time_left(budget), None if until is None else max(0.0, until - loop.time()))
+        return min((each for each in limits if each is not None), default=None)
 
     # Finish.
     if disconnect_after is not None and (budget is None or disconnect_after < budget):
         if disconnect_after:
-            await slow_stop.wait_for(is_over, time_left(disconnect_after), what_is_left, deadline)
+            await slow_stop.wait_for(is_over, time_left(disconnect_after), partial(_what_is_left, work), all_time_left)
         work.disconnect_handlers()
-    await slow_stop.wait_for(is_over, time_left(budget), what_is_left, deadline)
+    await slow_stop.wait_for(is_over, time_left(budget), partial(_what_is_left, work), all_time_left)
     if work.is_finished():
         return Report()
 
     # Disconnect.
-    late = list(work.unfinished())
+    late = [(handler, each) for handler, each in work.unfinished() if not handler.done()]
     if late:
         work.disconnect_handlers()
         await condition.turns(_limits.LAST_MESSAGE_TURNS)
@@ -96,7 +110,7 @@ async def finish(
         await condition.turns(_limits.SETTLING_TURNS)
         report.cancelled = cancelling.descriptions()
     if report.was_forced:
-        logger.warning("%s%s", report.summary(name), advice if report.disconnected or report.cancelled else "")
+        logger.warning("%s%s", report.summary(name), _advice(report, advice))
     return report
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its first request
 PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
-SLOW_STOP = 1.0  # until a stop says what it waits for
+SLOW_STOP = 1.25  # until a stop says what it waits for; longer than one second for clients that have gone silent
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
 LIFESPAN_GRACE = 1.0  # for a lifespan to end that was cancelled, or is forced to shut down
 LINGER = 1.0  # for the next byte of a client that is still sending to a connection that is closed
@@ -35,6 +35,8 @@ BODY_TURNS = 100  # for a handler to read what has arrived of a body before that
 TURNS_BEFORE_TIMER = 3  # before it is worth the cost to make a timer for a wait
 LEAK_TURNS = 10  # for a loop to close what was just released, in a check for leaks: transports need two or three
 
+FRAMES = 1_000  # of one task that are looked at, to say where a handler waits
+INNER_TASKS = 20  # that are looked into for that
 WRAPPING_COROUTINES = 50  # of a task factory that are looked into to find the handler that they wrap
 LINGER_READS = 16  # of 64 KiB, before it is the turn of others
 SAME_PORT_ATTEMPTS = 32  # to find a port that is free on several addresses, when any will do

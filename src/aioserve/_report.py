@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import itertools
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType, MappingProxyType, SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import AsyncGeneratorType, FrameType, SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
+from aioserve import _limits
 from aioserve._errors import public
 
 _LIBRARIES = sys.stdlib_module_names | {"aioserve", "anyio", "fastapi", "starlette", "uvicorn", "uvloop"}
+SHOWN = 5  # handlers in one line
 _IN_THREAD = ("run_sync_in_worker_thread", "to_thread")  # anyio's and asyncio's
-
-InnerTasks = Mapping[asyncio.Task[Any], Sequence[asyncio.Task[Any]]]
-"""The tasks that each task waits for, as a task group does."""
 
 
 @public
@@ -59,15 +60,19 @@ class UnfinishedHandler(SimpleNamespace):
     stuck: bool
     """Whether the handler was cancelled and was still running when the server had closed."""
 
+    def __repr__(self) -> str:
+        shown = (f"{name}={value!r}" for name, value in vars(self).items() if name != "where")  # which is long
+        return f"aioserve.UnfinishedHandler({', '.join(shown)})"
+
     def __str__(self) -> str:
         # Quoted as in uvicorn's access log, so that no client can write a line of its own, or control a terminal.
         request = f"{_quoted(self.method)} {_quoted(self.path)}"
-        route = None if self.route == self.path else self.route
-        names = [*([f"route {route}"] if route else []), *([self.endpoint] if self.endpoint else [])]
-        named = f" ({', '.join(names)})" if names else ""
+        route = None if self.route == self.path or not self.route else f"route {self.route}"
+        names = ", ".join(each for each in (route, self.endpoint) if each)
+        named = f" ({_printable(names)})" if names else ""
         client = _quoted(":".join(map(str, self.client))) if self.client else "?"
         line = self.line or (None if self.in_thread else next(reversed(self.where), None))
-        waiting = f", waiting at {line}" if line else ""
+        waiting = f", waiting at {_printable(line)}" if line else ""
         thread = ", in a thread, which goes on" if self.in_thread else ""
         return f"{request}{named} from {client}{waiting}{thread}{', which is still running' if self.stuck else ''}"
 
@@ -127,31 +132,44 @@ class Report(SimpleNamespace):
         return describe_handlers([*self.cancelled, *self.disconnected])
 
 
-def describe_handlers(handlers: Sequence[UnfinishedHandler]) -> str:
-    return "; ".join([*map(str, handlers[:5]), *(["..."] if len(handlers) > 5 else [])])
+def describe_handlers(handlers: Iterable[UnfinishedHandler]) -> str:
+    """Describe the first five of them."""
+    described = [*map(str, itertools.islice(handlers, SHOWN + 1))]
+    return "; ".join([*described[:SHOWN], *(["..."] if len(described) > SHOWN else [])])
 
 
 def _quoted(text: str) -> str:
     return quote(text, safe="/?:@[]!$&'()*+,;=", errors="backslashreplace")
 
 
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def unfinished_handler(
-    scope: Mapping[str, Any], task: asyncio.Task[Any], inner_tasks: InnerTasks = MappingProxyType({})
-) -> UnfinishedHandler:
-    frames = frames_of(task, inner_tasks)
+def unfinished_handler(scope: Mapping[str, Any], task: asyncio.Task[Any]) -> UnfinishedHandler:
+    """Describe a handler. It never raises, whatever the program has put into its scope and variables."""
+    try:
+        return _describe(scope, task)
+    except Exception:  # noqa: BLE001
+        return UnfinishedHandler(method="?", path="?", client=None, where=(), stuck=False)
+
+
+def _describe(scope: Mapping[str, Any], task: asyncio.Task[Any]) -> UnfinishedHandler:
+    frames = frames_of(task)
     # A middleware may have copied the scope before the framework put its route there.
-    scopes = (variable(frame, "scope") for frame in reversed(frames))
-    routed = next((each for each in scopes if isinstance(each, dict) and "endpoint" in each), scope)
+    scopes = (_variable(frame, "scope") for frame in reversed(frames))
+    routed = next((each for each in scopes if type(each) is dict and "endpoint" in each), scope)
+    is_websocket = scope.get("type") == "websocket"
     return UnfinishedHandler(
-        method=scope.get("method") or ("WEBSOCKET" if scope.get("type") == "websocket" else "?"),
-        path=scope.get("path", "?"),
-        client=scope.get("client"),
-        route=_text(getattr(routed.get("route"), "path", None)),
-        endpoint=_name_of(routed.get("endpoint")),
+        method=_text(scope.get("method")) or ("WEBSOCKET" if is_websocket else "?"),
+        path=_text(scope.get("path")) or "?",
+        client=_client(scope.get("client")),
+        route=_guarded(lambda: _route_of(routed, scope["path"])),
+        endpoint=_guarded(lambda: _name_of(routed["endpoint"])),
         line=own_line(frames),
         where=tuple(frames.values()),
         in_thread=is_in_thread(frames),
@@ -159,8 +177,29 @@ def unfinished_handler(
     )
 
 
+def _guarded(get: Callable[[], str | None]) -> str | None:
+    try:
+        return get()
+    except Exception:  # noqa: BLE001 (an object of the program's can be anything)
+        return None
+
+
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return str.__str__(value) if isinstance(value, str) else None  # without what a derived class may have changed
+
+
+def _client(value: Any) -> tuple[str, int] | None:
+    if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str):
+        return value[0], value[1] if isinstance(value[1], int) else 0
+    return None
+
+
+def _route_of(scope: Mapping[str, Any], path: str) -> str | None:
+    """The whole template of a path, also where the route has only the end of it, as below a prefix or a mount."""
+    template = _text(scope["route"].path)
+    values = scope.get("path_params", {})
+    end = re.sub(r"{(\w+)(?::\w+)?}", lambda found: str(values[found[1]]), template or "")
+    return path.removesuffix(end) + template if template and path.endswith(end) else None
 
 
 def _name_of(endpoint: object) -> str | None:
@@ -176,43 +215,50 @@ def _name_of(endpoint: object) -> str | None:
 # Where a task waits.
 
 
-def frames_of(task: asyncio.Task[Any], inner_tasks: InnerTasks) -> dict[FrameType, str]:
-    """The frames of the coroutines that wait for each other, outermost first, each with its name, file and line."""
+def frames_of(task: asyncio.Task[Any]) -> dict[FrameType, str]:
+    """
+    The frames of the coroutines that wait for each other, outermost first, each with its name, file and line.
+
+    They go on into another task that the last of them waits for: alone, in a group, or by `asyncio.gather()`.
+    (`asyncio.capture_call_graph()` of Python 3.14 looks for that among all tasks of a program, which takes too long.)
+    """
+    return _frames_of(task, [])
+
+
+def _frames_of(task: asyncio.Task[Any], seen: list[asyncio.Task[Any]]) -> dict[FrameType, str]:
+    seen.append(task)
+    frames = _frames_of_coroutine(task.get_coro())
+    inner: dict[FrameType, str] = {}
+    for each in _inner_tasks(task, frames):
+        if len(seen) == _limits.INNER_TASKS or own_line(inner):
+            break  # of several, one that is at a line of the program's says most
+        if not any(each is known for known in seen):
+            inner = _frames_of(each, seen) or inner
+    return frames | inner
+
+
+def _frames_of_coroutine(coroutine: object) -> dict[FrameType, str]:
     frames: dict[FrameType, str] = {}
-    tasks = [task]
-    for each in tasks:
-        coroutine: object = each.get_coro()
-        while (frame := frame_of(coroutine)) is not None and frame not in frames:
-            name = getattr(coroutine, "__qualname__", frame.f_code.co_qualname)
-            frames[frame] = f"{name} ({frame.f_code.co_filename}:{frame.f_lineno})"
-            awaited = _generator_of(awaited_by(coroutine))
-            # A coroutine that has not begun may be one that a task factory has put around another one.
-            coroutine = next(coroutines_held_by(frame), None) if awaited is None else awaited
-        inner = [*inner_tasks.get(each, ()), *_tasks_in_groups(frames)]
-        tasks += [found for found in inner if found not in tasks][-1:]  # the youngest, if there are several
+    while (frame := frame_of(coroutine)) is not None and frame not in frames and len(frames) < _limits.FRAMES:
+        name = _text(_first_of(coroutine, "__qualname__")) or frame.f_code.co_qualname
+        frames[frame] = f"{name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        awaited = _generator_of(awaited_by(coroutine))
+        # A coroutine that has not begun may be one that a task factory has put around another one.
+        coroutine = next(coroutines_held_by(frame), None) if awaited is None else awaited
     return frames
 
 
-def _tasks_in_groups(frames: dict[FrameType, str]) -> list[asyncio.Task[Any]]:
-    """The tasks of the groups that are in variables: a middleware waits for messages of such a task, not for itself."""
-    values = (value for frame in frames for value in frame.f_locals.values())
-    groups = (value for value in values if type(value).__name__ == "TaskGroup" and _is_of_library(type(value)))
-    return [task for group in groups for task in getattr(group, "_tasks", ()) if isinstance(task, asyncio.Task)]
-
-
-def _is_of_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("anyio", "asyncio")
-
-
-def find_inner_tasks() -> InnerTasks:
-    """Find what each task of the running loop waits for; Python tells it since 3.14."""
-    inner: dict[asyncio.Task[Any], list[asyncio.Task[Any]]] = {}
-    if sys.version_info >= (3, 14):
-        for task in asyncio.all_tasks():
-            graph = asyncio.capture_call_graph(task)
-            for waiting in graph.awaited_by if graph is not None else ():
-                inner.setdefault(waiting.future, []).append(task)
-    return inner
+def _inner_tasks(task: asyncio.Task[Any], frames: Iterable[FrameType]) -> Iterator[asyncio.Task[Any]]:
+    """The tasks that a task waits for."""
+    waited_for = getattr(task, "_fut_waiter", None)
+    tasks = [waited_for, *getattr(waited_for, "_children", ())]  # those of `asyncio.gather()`
+    for frame in frames:
+        if frame.f_code.co_name in ("__aexit__", "_aexit") and _package_of(frame) in ("anyio", "asyncio"):
+            tasks += getattr(_variable(frame, "self"), "_tasks", ())
+        elif frame.f_globals.get("__name__") in ("starlette.middleware.base", "starlette.responses"):
+            # It waits for a message, and its work is done by another task.
+            tasks += getattr(_variable(frame, "task_group"), "_tasks", ())
+    return (each for each in tasks if isinstance(each, asyncio.Task) and not each.done())
 
 
 def own_line(frames: dict[FrameType, str]) -> str | None:
@@ -232,15 +278,26 @@ def _package_of(frame: FrameType) -> str:
 
 def line_of(task: asyncio.Task[Any]) -> str | None:
     """The innermost line of the program's own that a task waits at; where there is none, the innermost of all."""
-    frames = frames_of(task, find_inner_tasks())
-    return own_line(frames) or next(reversed(frames.values()), None)
+
+    def line() -> str | None:
+        frames = frames_of(task)
+        return own_line(frames) or next(reversed(frames.values()), None)
+
+    return _guarded(line)
+
+
+def _variable(frame: FrameType, name: str) -> object:
+    # Asked first, since Python 3.11 and 3.12 keep a copy of the variables when they are looked at.
+    code = frame.f_code
+    return frame.f_locals.get(name) if name in code.co_varnames or name in code.co_freevars else None
 
 
 # What coroutines tell: also those of generators and of Cython, and nothing where they are something else.
 
 
 def frame_of(coroutine: object) -> FrameType | None:
-    return _first_of(coroutine, "cr_frame", "gi_frame", "ag_frame")  # type: ignore[no-any-return]
+    found = _first_of(coroutine, "cr_frame", "gi_frame", "ag_frame")
+    return found if type(found) is FrameType else None
 
 
 def awaited_by(coroutine: object) -> object:
@@ -250,17 +307,16 @@ def awaited_by(coroutine: object) -> object:
 def _generator_of(awaited: object) -> object:
     """The generator of an `async for`, where the await is for its next item: that object does not name it."""
     if type(awaited).__name__ in ("async_generator_asend", "async_generator_athrow", "anext_awaitable"):
-        return next((each for each in gc.get_referents(awaited) if hasattr(each, "ag_frame")), awaited)
+        return next((each for each in gc.get_referents(awaited) if isinstance(each, AsyncGeneratorType)), awaited)
     return awaited
 
 
 def _first_of(coroutine: object, *names: str) -> Any:
-    values = (getattr(coroutine, name, None) for name in names)
+    try:
+        values = [getattr(coroutine, name, None) for name in names]
+    except Exception:  # noqa: BLE001 (an awaitable of the program's can be anything)
+        return None
     return next((value for value in values if value is not None), None)
-
-
-def variable(frame: FrameType, name: str) -> object:
-    return frame.f_locals.get(name)
 
 
 def coroutines_held_by(frame: FrameType) -> Iterator[object]:

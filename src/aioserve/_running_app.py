@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from aioserve._errors import ShutdownError, StartupError, describe_error
 from aioserve._finish import finish, is_event_stream
 from aioserve._lifespan import Lifespan
 from aioserve._log import logger
-from aioserve._report import UnfinishedHandler, find_inner_tasks, unfinished_handler
+from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._waiting import Condition, SlowStop, after_turns, let_die_quietly
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ class RunningApp:
     def handlers(self) -> Collection[_Call]:
         return () if self.is_finished() else self._calls
 
-    def unfinished(self) -> list[tuple[_Call, UnfinishedHandler]]:
-        inner = find_inner_tasks()
-        return [(call, unfinished_handler(call.scope, call.task, inner)) for call in self._calls]
+    def unfinished(self) -> Iterator[tuple[_Call, UnfinishedHandler]]:
+        for call in tuple(self._calls):
+            yield call, unfinished_handler(call.scope, call.task)
 
     def disconnect_handlers(self) -> None:
         for call in self._calls:

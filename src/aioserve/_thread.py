@@ -13,6 +13,7 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 (before `_stop_all()` is registered: what came last is called first)
 import contextvars
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
@@ -59,7 +60,18 @@ def start_in_thread(app: App, **options: Unpack[Options]) -> ThreadServer:
     Raises:
         OSError, StartupError, TypeError, ValueError, RuntimeError: As in `start()`.
     """
+    _check_not_importing(app)
     return ThreadServer(ServerThread(partial(start, app, **options)).begin())
+
+
+def _check_not_importing(app: object) -> None:
+    """Refuse to wait for a module that cannot be imported in another thread, since it is being imported in this one."""
+    name = app.partition(":")[0] if isinstance(app, str) else ""
+    if getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False):
+        raise RuntimeError(
+            f"start_in_thread({app!r}) would wait for ever for the import of {name}, which is under way here; "
+            f"call start_in_thread() in a function, or in another module"
+        )
 
 
 @public
@@ -289,6 +301,17 @@ class ServerThread:
             logger.warning("%s has not ended: a task or a function of the app is still running there", self._thread)
         return True
 
+    @property
+    def url(self) -> str:
+        return self.server.url if self._is_started else "a server in a thread"
+
+    def longest_stop(self) -> float | None:
+        """How many seconds a stop can take, if the app does not block the loop; `None` without a limit."""
+        settings = self.server._engine.settings if self._is_started else None
+        if settings is None or settings.shutdown_timeout is None:
+            return None if settings is not None else _limits.THREAD_EXIT
+        return _limits.longest_stop(settings.drain_delay, settings.shutdown_timeout) + _limits.THREAD_EXIT
+
     def check_caller(self, called: str) -> None:
         if threading.current_thread() is self._thread and not self.is_forked:
             raise RuntimeError(f"{called} in the server's own thread would wait for itself; use close()")
@@ -354,9 +377,12 @@ _is_registered = False
 def _register() -> None:
     global _is_registered
     if not _is_registered:
-        _is_registered = True
         # What `concurrent.futures` uses is private; should a later Python not have it, `atexit` is better than nothing.
-        getattr(threading, "_register_atexit", atexit.register)(_stop_all)
+        try:
+            getattr(threading, "_register_atexit", atexit.register)(_stop_all)
+        except RuntimeError:  # the main thread has ended, and this is another one
+            atexit.register(_stop_all)
+        _is_registered = True
 
 
 def _stop_all() -> None:
@@ -367,5 +393,8 @@ def _stop_all() -> None:
             for thread in threads:
                 thread.ask(timeout)
             for thread in threads:
-                thread.wait()
+                if not thread.wait(thread.longest_stop() if timeout is None else _limits.ENDING_THREADS):
+                    logger.warning(
+                        "%s: its event loop is blocked, and so the program ends without its stop", thread.url
+                    )
             return

@@ -176,21 +176,25 @@ class SlowStop:
         predicate: Callable[[], bool],
         timeout: float | None,
         what: Callable[[], str],
-        deadline: Callable[[], float | None] = lambda: None,
+        time_left: Callable[[], float | None] | None = None,
     ) -> bool:
-        """Wait as the condition does; the warning calls `what`, and says which of timeout and deadline is earlier."""
-        early = max(0.0, self._since + _limits.SLOW_STOP - self._time())
+        """
+        Wait as the condition does; the warning calls `what`.
+
+        It says how much time is left: of this timeout, or as `time_left` says where several waits share their time.
+        """
+        # Each wait gets a moment, since what it is for may be quick.
+        early = max(_limits.SLOW_STOP / 4, self._since + _limits.SLOW_STOP - self._time())
         if not self._has_warned and (timeout is None or timeout > early):
             if await self._condition.wait_for(predicate, early) or self._condition.forced:
                 return predicate()
             timeout = None if timeout is None else timeout - early
-            self._has_warned = True
-            logger.warning(
-                "%s: the stop waits for %s, %s%s", self._name, what(), self._at_most(timeout, deadline()), self._advice
-            )
+            left = timeout if time_left is None else time_left()
+            if left is None or left > _limits.SLOW_STOP / 4:
+                self._warn(what(), left)
         return await self._condition.wait_for(predicate, timeout)
 
-    def _at_most(self, timeout: float | None, deadline: float | None) -> str:
-        left = [] if timeout is None else [timeout]
-        left += [] if deadline is None else [max(0.0, deadline - self._time())]
-        return f"for at most {min(left):.{0 if min(left) >= 2 else 1}f} s" if left else "without a limit"
+    def _warn(self, what: str, left: float | None) -> None:
+        self._has_warned = True
+        at_most = "without a limit" if left is None else f"for at most {left:.{0 if left >= 2 else 1}f} s"
+        logger.warning("%s: the stop waits for %s, %s%s", self._name, what, at_most, self._advice)

@@ -77,6 +77,36 @@ async def test_fastapi_route_and_endpoint_are_named() -> None:
     )
 
 
+async def test_route_has_the_prefixes_of_its_routers_and_mounts() -> None:
+    """The whole template is named, as the program has it."""
+    begun = asyncio.Event()
+    inner, outer = APIRouter(prefix="/inner"), APIRouter(prefix="/outer")
+
+    @inner.get("/items/{item_id}")
+    async def read_item(item_id: int) -> None:
+        await hang(begun)
+
+    outer.include_router(inner)
+    mounted = FastAPI()
+    mounted.include_router(outer)
+    handler = await cut_off(Starlette(routes=[Mount("/api", mounted)]), "/api/outer/inner/items/7", begun)
+    assert handler.route == "/api/outer/inner/items/{item_id}"
+
+
+async def test_line_is_that_of_a_coroutine_that_is_gathered() -> None:
+    """As in a group of tasks."""
+    begun = asyncio.Event()
+    app = FastAPI()
+
+    @app.get("/slow")
+    async def slow() -> None:
+        await asyncio.gather(hang(begun), asyncio.sleep(100))
+
+    handler = await cut_off(app, "/slow", begun)
+    assert handler.line is not None
+    assert re.fullmatch(f"hang {THIS}", handler.line)
+
+
 async def test_route_with_the_path_of_the_request_is_not_said_twice() -> None:
     """Only its function is."""
     begun = asyncio.Event()
@@ -147,7 +177,9 @@ async def test_endpoint_of_a_copied_scope_is_named() -> None:
 
 
 @pytest.mark.parametrize("middleware", [False, True])
-def test_synchronous_endpoint_is_said_to_go_on_in_its_thread(middleware: bool) -> None:
+def test_synchronous_endpoint_is_said_to_go_on_in_its_thread(
+    middleware: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """No cancellation can end it."""
     release = threading.Event()
 
@@ -171,6 +203,7 @@ def test_synchronous_endpoint_is_said_to_go_on_in_its_thread(middleware: bool) -
     handler = asyncio.run(main())  # a loop of its own: the worker thread lives as long as its loop
     assert handler.in_thread
     assert ", in a thread, which goes on" in str(handler)
+    assert caplog.messages[-1].endswith("; a thread cannot be cancelled, so let its work have a time limit")
 
 
 async def test_stream_of_an_endpoint_that_has_returned_is_named_after_the_endpoint() -> None:

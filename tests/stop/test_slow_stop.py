@@ -17,7 +17,7 @@ from tests.helpers.clients import connect
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
-FORCES = "; a second signal, or close(timeout=0), forces the stop"
+FORCES = "; a second Ctrl+C, or close(timeout=0), forces the stop"
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ async def test_stop_that_waits_for_a_handler_says_so(caplog: pytest.LogCaptureFi
 
     assert re.fullmatch(
         rf"{server.url}: the stop waits for 1 handler \(GET /hold from 127\.0\.0\.1:\d+, waiting at App\.request "
-        r"\(.*apps\.py:\d+\)\), for at most 20 s; a second signal, or close\(timeout=0\), forces the stop",
+        r"\(.*apps\.py:\d+\)\), for at most 20 s; a second Ctrl\+C, or close\(timeout=0\), forces the stop",
         line,
     )
     assert warnings(caplog) == [line]
@@ -68,6 +68,40 @@ async def test_warning_says_the_limit_that_comes_first(limit: float | None, capl
         app.release.set()
         await connection.answer()
     assert line.endswith(("), without a limit" if limit is None else "), for at most 7 s") + FORCES)
+
+
+async def test_stop_whose_time_is_nearly_over_says_only_what_it_forces(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody could do anything in what is left of its time."""
+    app = App()
+    async with serving(app, shutdown_timeout=_limits.SLOW_STOP + 0.001) as server, connect(server) as connection:
+        connection.ask("/hold")
+        await app.holding.wait()
+    (line,) = warnings(caplog)
+    assert line.startswith(f"{server.url}: forced shutdown: ")
+
+
+async def test_warning_before_the_disconnect_says_the_time_of_the_whole_stop(caplog: pytest.LogCaptureFixture) -> None:
+    """`disconnect_after` ends only a part of the wait."""
+    app = App()
+    async with serving(app, shutdown_timeout=20, disconnect_after=0.2) as server, connect(server) as connection:
+        connection.ask("/hold")
+        await app.holding.wait()
+        server.close()
+        line = await warned(caplog)
+        app.release.set()
+        await connection.answer()
+    assert line.endswith("), for at most 20 s" + FORCES)
+
+
+async def test_quick_lifespan_after_a_long_wait_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    """It gets a moment of its own."""
+    app = App()
+    async with serving(app, shutdown_timeout=0.04) as server, connect(server) as connection:
+        connection.ask("/cling")
+        await app.holding.wait()
+        asyncio.get_running_loop().call_later(0.08, app.release.set)
+        await server.aclose()
+    assert [line for line in warnings(caplog) if "the stop waits" in line] == []
 
 
 async def test_quick_stop_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,7 +137,7 @@ async def test_stop_that_waits_for_connections_says_so(caplog: pytest.LogCapture
         line = await warned(caplog)
         await connection.rest()
         await server.wait_closed()
-    assert line == f"{server.url}: the stop waits for its connections, for at most 20 s{FORCES}"
+    assert line == f"{server.url}: the stop waits for connections that are still open, for at most 20 s{FORCES}"
 
 
 async def test_stop_that_waits_for_the_lifespan_says_where_that_waits(caplog: pytest.LogCaptureFixture) -> None:

@@ -33,8 +33,8 @@ from aioserve._serving import ServingContext, bind, serving, wait_started
 from aioserve._settings import Settings, parse
 from aioserve._signals import Signals, signal_name
 
-# A `uvicorn.Config` made with these would configure the logging of this process.
-_LOGGING_OPTIONS = ("log_config", "log_level", "use_colors")
+# They are for the child: a `uvicorn.Config` made with them would configure the logging of this process.
+_LOGGING_OPTIONS = ("access_log", "log_config", "log_level", "use_colors")
 
 
 @public

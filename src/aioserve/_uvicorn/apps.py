@@ -59,7 +59,7 @@ def _of_no_callable(app: Any, name: str) -> str:
 def _of_factory(app: Any, name: str) -> str:
     if _takes(app, 0):
         return ""
-    if _takes(app, 3) or _takes(app, 2) or _takes(app, 1):
+    if _takes(app, 3) or _takes(app, 2) or _is_asgi2(app):
         return f"{name} is an app, not a function that makes one: leave out factory=True (--factory)"
     return f"{name} takes arguments, and a factory is called without: pass functools.partial({name}, ...)"
 
@@ -91,6 +91,10 @@ def _of_parameters(app: Any, name: str) -> str:
     return f"{name} is not an ASGI app, which takes the three arguments scope, receive and send"
 
 
+def _is_asgi2(app: Any) -> bool:
+    return _takes(app, 1) and "scope" in getattr(getattr(app, "__code__", None), "co_varnames", ("scope",))[:2]
+
+
 def _is_wsgi(call: Any) -> bool:
     return inspect.isfunction(call) and "start_response" in call.__code__.co_varnames[: call.__code__.co_argcount]
 
@@ -105,7 +109,7 @@ def _takes(function: Any, count: int, *, if_unknown: bool = True) -> bool:
     """Whether a function can be called with so many positional arguments."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):
+    except Exception:  # noqa: BLE001 (Python 3.14 evaluates annotations, which may name what only type checkers import)
         return if_unknown
     try:
         signature.bind(*range(count))

@@ -190,6 +190,9 @@ def _load(config: uvicorn.Config, app_dir: str | None) -> None:
             names = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers")
             given = ", ".join(f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name))
             raise type(exc)(exc.errno, f"{exc.strerror or exc}; with {given}") from exc
+        if isinstance(exc, ModuleNotFoundError) and exc.name in (config.http, config.ws, "websockets", "zttp"):
+            options = f"http={config.http!r} and ws={config.ws!r}"
+            raise StartupError(f"{options} need the package {exc.name}, which is not installed") from exc
         raise StartupError(f"cannot load {app}: {describe_error(exc)}") from exc
     finally:
         config.proxy_headers = behind_proxies
@@ -227,8 +230,10 @@ def _where_it_is_not(missing: str, app_dir: str | None) -> str:
         if folders is None:
             return f"{parent} is not a package"
         return f"there is no module {missing} in {next(iter(folders), parent)}"
+    if app_dir is not None and not os.path.isdir(app_dir):
+        return f"there is no directory {app_dir}; give another one to --app-dir"
     if app_dir is not None:
-        return f"there is no module {missing} in {app_dir}; --app-dir names another directory"
+        return f"there is no module {missing} in {app_dir}; give another directory to --app-dir"
     return f"there is no module {missing} in sys.path, which begins with {os.path.abspath(sys.path[0])}"
 
 

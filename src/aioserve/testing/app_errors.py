@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from aioserve import _limits
 from aioserve._server import Server
@@ -41,7 +42,7 @@ class Call:
     """A call of an app for a request or WebSocket."""
 
     has_begun: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
     _thread: int | None = None  # of the server
     _description: str = ""
     _is_settled: bool = False  # what it raises from here on is shown in a report
@@ -58,7 +59,9 @@ class Call:
         _running.add(self)
         try:
             return await app(scope, receive, send)
-        except Exception as exc:
+        except BaseException as exc:
+            if isinstance(exc, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)):
+                raise
             with self._lock:
                 self.error = exc
                 self._description = _describe(scope, exc)
@@ -74,7 +77,7 @@ class Call:
         if self.has_begun and not self.ended.done() and asyncio._get_running_loop() is not None:
             await asyncio.wait([asyncio.wrap_future(self.ended)], timeout=_limits.RAISING_HANDLER)
 
-    def take(self) -> Exception | None:
+    def take(self) -> BaseException | None:
         """Return what it has raised up to now, which is raised by the caller, and not shown."""
         with self._lock:
             self._is_settled = self._is_settled or self.error is not None
@@ -92,7 +95,7 @@ class Call:
         return self._thread != threading.get_ident()
 
 
-def _describe(scope: Scope, error: Exception) -> str:
+def _describe(scope: Scope, error: BaseException) -> str:
     """Return what a report shows of an exception; nothing, if that only says that the client has gone."""
     if _is_disconnect(error):
         return ""
@@ -149,7 +152,9 @@ class RaisingTransport:
         self._transport = transport
         self._module: Any = module
         self._engine = server._engine
-        self._ports = {listener.port for listener in self._engine.listeners}
+        self._places = {urlsplit(url).netloc for url in server.urls}
+        self._places |= {f"localhost:{listener.port}" for listener in self._engine.listeners}
+        self._is_unix = any(listener.port is None for listener in self._engine.listeners)
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request, or raise what the app raises."""
@@ -179,7 +184,8 @@ class RaisingTransport:
 
     def _goes_to_server(self, url: Any) -> bool:
         port = url.port or (443 if url.scheme == "https" else 80)
-        return not self._engine.closed.is_set() and (None in self._ports or port in self._ports)
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        return not self._engine.closed.is_set() and (self._is_unix or f"{host}:{port}" in self._places)
 
     async def _send(self, request: Any, call: Call) -> Any:
         __tracebackhide__ = True
