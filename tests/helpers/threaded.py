@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from aioserve import StartupError, ThreadServer, start_in_thread
+from aioserve import StartupError, ThreadServer, _limits, start_in_thread
 from tests.conftest import LOOPS
 from tests.helpers.apps import App, Receive, Scope, Send
 
@@ -52,6 +52,18 @@ class Printing(App):
         except asyncio.CancelledError:
             print("cancelled", flush=True)
             raise
+
+
+def blocks_the_loop() -> None:
+    """Let the loop be blocked for ever; the program ends."""
+
+    def block() -> None:
+        print("blocked", flush=True)
+        time.sleep(1_000)
+
+    _limits.CANCELLED_HANDLERS = _limits.LIFESPAN_GRACE = _limits.THREAD_EXIT = 0.05
+    server = start_in_thread(Printing(), shutdown_timeout=0.1)
+    server._server._loop.call_soon_threadsafe(block)
 
 
 def start(startup: str = "completes", shutdown: str = "completes") -> ThreadServer:

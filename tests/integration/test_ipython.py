@@ -90,3 +90,14 @@ def test_server_whose_loop_runs_at_the_prompt_answers_and_its_start_is_quiet(tmp
         assert "answers only" not in printed
         assert answers(url, 10)
         ipython.enter("await server.aclose()")
+
+
+def test_server_in_a_thread_is_started_quietly_and_answers_at_the_prompt(tmp_path: Path) -> None:
+    """Its loop is not IPython's."""
+    with terminal(tmp_path) as ipython:
+        ipython.enter("from tests.helpers.apps import App; from aioserve import start_in_thread")
+        printed = ipython.enter("server = start_in_thread(App()); print('url', server.url, '.')")
+        url = re.findall(r"url (http://127\.0\.0\.1:\d+) \.", printed)[-1]
+        assert "answers only" not in printed
+        assert answers(url, 10)
+        ipython.enter("server.stop()")

@@ -200,6 +200,36 @@ async def test_app_gets_the_very_functions_of_uvicorn() -> None:
     assert all(type(each.__self__).__module__.startswith("uvicorn.") for each in functions)
 
 
+async def test_failure_that_an_app_asks_of_pytest_is_raised() -> None:
+    """It is no `Exception`, and neither is a skip."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        pytest.fail("the app's own")
+
+    async with testing.client(app) as client:
+        with pytest.raises(pytest.fail.Exception, match="the app's own"):
+            await client.get("/")
+
+
+async def test_server_on_the_same_port_of_another_address_gets_no_header_of_ours() -> None:
+    """A port alone does not say whose it is."""
+    scopes: list[Scope] = []
+
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        scopes.append(scope)
+        await send({**START, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async with testing.client(Raises()) as client:
+        port = client.base_url.port
+        assert port is not None
+        async with await start(other, host="127.0.0.2", port=port, lifespan="off") as server:
+            assert (await client.get(server.url)).status_code == 200
+    (scope,) = scopes
+    assert all(name != b"aioserve-request" for name, _ in scope["headers"])
+
+
 async def test_other_servers_get_no_header_of_ours() -> None:
     """Whatever listens on another port, or on the same one later."""
     seen: list[Scope] = []

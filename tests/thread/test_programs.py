@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -62,6 +63,56 @@ def test_forgotten_server_in_a_thread_is_stopped_when_the_program_ends(
     assert "aioserve: " not in printed
     assert "lifespan over" in program.said
     assert end != "forgets_it_in_a_process" or program.said[-1] == "exit code 0"
+
+
+def test_program_ends_also_where_the_loop_of_its_server_is_blocked(loop_name: str) -> None:
+    """After the longest time that a stop can take."""
+    with running(loop_name, "blocks_the_loop") as program:
+        code, printed = program.end()
+    assert code == 0
+    assert printed.endswith(": its event loop is blocked, and so the program ends without its stop\n")
+
+
+STARTS_LATE = """
+import threading
+from aioserve import start_in_thread
+from tests.helpers.threaded import Printing
+
+def late():
+    threading.main_thread().join()
+    start_in_thread(Printing())
+
+threading.Thread(target=late).start()
+"""
+
+
+def test_server_that_is_started_after_the_main_thread_has_ended_is_stopped_with_the_program() -> None:
+    """Another thread, which is no daemon, keeps the program; concurrent.futures then takes no more work."""
+    with Program("-c", STARTS_LATE) as program:
+        code, _ = program.end()
+    assert code == 0
+    assert program.said == ["lifespan over"]
+
+
+IMPORTED = """
+from aioserve import start_in_thread
+from tests.helpers.threaded import Printing
+
+app = Printing()
+start_in_thread("imported:app")
+"""
+
+
+def test_app_in_the_module_that_is_being_imported_is_refused(tmp_path: Path) -> None:
+    """The thread would wait for the import, and the import for the thread."""
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    with Program("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import imported") as program:
+        code, printed = program.end()
+    assert code == 1
+    assert printed.splitlines()[-1] == (
+        "RuntimeError: start_in_thread('imported:app') would wait for ever for the import of imported, which is "
+        "under way here; call start_in_thread() in a function, or in another module"
+    )
 
 
 def test_failed_shutdown_of_a_forgotten_server_is_logged(loop_name: str) -> None:
