@@ -34,7 +34,8 @@ from aioserve._settings import Settings
 from aioserve._waiting import Condition, SlowStop
 
 _event_lock = threading.Lock()
-_HOW_TO_FORCE = "; a second {}, or close(timeout=0), forces the stop"
+_SIGNAL_FORCES = "; a second signal, or close(timeout=0), forces the stop"
+_CTRL_C_FORCES = "; a second Ctrl+C, or close(timeout=0), forces the stop"
 _HOW_TO_END_SOONER = "; let long handlers watch server.stopping, or set disconnect_after"
 
 
@@ -62,7 +63,6 @@ class Shutdown:
         self._lifespan = lifespan
         self._condition = condition
         self._name = name
-        self._how_to_force = _HOW_TO_FORCE.format("signal" if settings.stop_on_signals else "Ctrl+C")
         self._loop = asyncio.get_running_loop()
 
     # Asked.
@@ -130,7 +130,8 @@ class Shutdown:
 
         if not self._has_stopped_accepting:
             self._stop_accepting()
-        slow_stop = SlowStop(self._condition, self._name, self._how_to_force)
+        advice = _SIGNAL_FORCES if self._settings.stop_on_signals else _CTRL_C_FORCES
+        slow_stop = SlowStop(self._condition, self._name, advice)
         report = Report() if self._connections.is_finished() else await self._finish(slow_stop)
 
         error = None

@@ -260,9 +260,10 @@ def test_busy_port_is_reported_before_the_app_is_imported() -> None:
     [
         (
             ["nowhere:app"],
-            f"cannot load nowhere:app: there is no module nowhere in {ROOT}; --app-dir names another directory",
+            f"cannot load nowhere:app: there is no module nowhere in {ROOT}; give another directory to --app-dir",
         ),
-        (["nowhere:app", "--app-dir=/tmp"], "there is no module nowhere in /tmp; --app-dir names another directory"),
+        (["nowhere:app", "--app-dir=/tmp"], "there is no module nowhere in /tmp; give another directory to --app-dir"),
+        (["nowhere:app", "--app-dir=/no/dir"], "there is no directory /no/dir; give another one to --app-dir"),
         (["tests.nowhere:app"], f"cannot load tests.nowhere:app: there is no module tests.nowhere in {ROOT}/tests"),
         (["tests.helpers.apps:nothing"], 'Attribute "nothing" not found in module "tests.helpers.apps".'),
         (["tests.helpers.apps:not_callable"], "cannot load tests.helpers.apps:not_callable: not an ASGI app: 42"),
