@@ -60,8 +60,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Apply the options to uvicorn's tables of protocols, and to the walks."""
-    # Programs would inherit it where the suite is run by nohup.
+    # Programs would inherit that they are ignored, where the suite is run by nohup, or in the background of a script.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     walk.every = config.getoption("--every")
     for option, protocols in (("--http", HTTP_PROTOCOLS), ("--ws", WS_PROTOCOLS)):
         chosen: dict[str, str | None] = dict(protocols)
