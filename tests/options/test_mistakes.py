@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Router
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 import tests.helpers.mistakes
 from aioserve import StartupError, serving, serving_process, start
@@ -226,3 +228,44 @@ async def test_file_in_place_of_a_module_is_told() -> None:
     assert str(caught.value) == (
         "an import string names a module, and 'package/module.py:app' names a file; write \"package.module:app\""
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "protocol"), [("http", "httptools"), ("ws", "wsproto"), ("ws", "websockets-sansio")]
+)
+async def test_protocol_whose_package_is_missing_is_named_with_its_option(
+    option: str, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the app is not blamed for it."""
+    package = protocol.partition("-")[0]
+    protocols: dict[str, Any] = {**HTTP_PROTOCOLS, **WS_PROTOCOLS}
+    monkeypatch.delitem(sys.modules, protocols[protocol].partition(":")[0], raising=False)
+    for name in [each for each in sys.modules if each.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    options: Any = {option: protocol}
+    with pytest.raises(StartupError, match=f"^{option}='{protocol}' needs {package}, which is not installed$"):
+        await start(App(), headers=[("a", "b")], **options)
+
+
+async def test_module_that_the_app_lacks_is_not_taken_for_a_protocols(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked for that protocol."""
+    (tmp_path / "lacking.py").write_text("import zttp")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "zttp", None)
+    with pytest.raises(StartupError, match=r"^cannot load lacking:app: ModuleNotFoundError: "):
+        await start("lacking:app")
+
+
+def needs_settings(settings: dict[str, str]) -> App:
+    return App()
+
+
+async def test_factory_with_an_argument_is_not_taken_for_an_app() -> None:
+    """ASGI 2 apps have one argument as well, the scope."""
+    name = f"{__name__}:needs_settings"
+    message = f"{name} takes arguments, and a factory is called without: pass functools.partial({name}, ...)"
+    with pytest.raises((StartupError, TypeError), match=f"{re.escape(message)}$"):
+        await start(needs_settings, factory=True)

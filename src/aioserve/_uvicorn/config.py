@@ -190,9 +190,11 @@ def _load(config: uvicorn.Config, app_dir: str | None) -> None:
             names = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers")
             given = ", ".join(f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name))
             raise type(exc)(exc.errno, f"{exc.strerror or exc}; with {given}") from exc
-        if isinstance(exc, ModuleNotFoundError) and exc.name in (config.http, config.ws, "websockets", "zttp"):
-            options = f"http={config.http!r} and ws={config.ws!r}"
-            raise StartupError(f"{options} need the package {exc.name}, which is not installed") from exc
+        for option in ("http", "ws") if isinstance(exc, ModuleNotFoundError) else ():
+            chosen = getattr(config, option)
+            package = str(chosen).partition("-")[0]  # "websockets-sansio" is of websockets
+            if package == str(getattr(exc, "name", "")).partition(".")[0]:
+                raise StartupError(f"{option}={chosen!r} needs {package}, which is not installed") from exc
         raise StartupError(f"cannot load {app}: {describe_error(exc)}") from exc
     finally:
         config.proxy_headers = behind_proxies
