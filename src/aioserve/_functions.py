@@ -1,5 +1,5 @@
 """
-What the functions that serve look like from outside: to editors, to `help()`, and to whoever uses them the wrong way.
+Signatures and docstrings of the functions that serve, for editors and `help()`; errors where a block is misused.
 """
 
 from __future__ import annotations

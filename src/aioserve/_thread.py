@@ -69,7 +69,7 @@ def _check_not_importing(app: object) -> None:
     name = app.partition(":")[0] if isinstance(app, str) else ""
     if getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False):
         raise RuntimeError(
-            f"start_in_thread({app!r}) would wait for ever for the import of {name}, which is under way here; "
+            f"start_in_thread({app!r}) would wait forever for {name}, which is still being imported; "
             f"call start_in_thread() in a function, or in another module"
         )
 

@@ -114,8 +114,8 @@ def test_app_in_the_module_that_is_being_imported_is_refused(tmp_path: Path) -> 
         code, printed = program.end()
     assert code == 1
     assert printed.splitlines()[-1] == (
-        "RuntimeError: start_in_thread('imported:app') would wait for ever for the import of imported, which is "
-        "under way here; call start_in_thread() in a function, or in another module"
+        "RuntimeError: start_in_thread('imported:app') would wait forever for imported, which is still being "
+        "imported; call start_in_thread() in a function, or in another module"
     )
 
 
