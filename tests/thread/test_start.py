@@ -8,12 +8,12 @@ import asyncio
 import contextvars
 import inspect
 import pickle
-import signal
 import socket
 import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,38 +155,30 @@ async def test_synchronous_client_in_a_running_loop_reaches_a_server_in_a_thread
         assert server._server._loop is not asyncio.get_running_loop()
 
 
-def raise_app_error(signum: int, frame: object) -> None:
-    raise AppError(signal.Signals(signum).name)
-
-
 @pytest.mark.parametrize("startup", ["hangs", "completes"])
-def test_interrupted_start_in_a_thread_leaves_nothing(startup: str) -> None:
+def test_interrupted_start_in_a_thread_leaves_nothing(startup: str, interrupt: Callable[[], None]) -> None:
     """What a signal handler raises comes out, when the app has been shut down."""
 
     class Interrupting(App):
         async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            interrupt()
             await super().lifespan(scope, receive, send)
 
     app = Interrupting(startup)
-    before = signal.signal(signal.SIGUSR1, raise_app_error)
-    try:
-        with pytest.raises(AppError, match="SIGUSR1"):
-            start_in_thread(app)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(AppError, match="SIGUSR1"):
+        start_in_thread(app)
     assert app.events[-1:] == ["lifespan over"]
     assert threads() == []
 
 
 def test_start_in_a_thread_that_is_interrupted_before_its_loop_exists_begins_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[], None]
 ) -> None:
     """The loop is made, and nothing runs in it."""
     make = asyncio.events.new_event_loop
 
     def new_event_loop() -> asyncio.AbstractEventLoop:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        interrupt()
         (thread,) = _thread._running
         while not thread._is_cancelled:
             pass
@@ -194,11 +186,7 @@ def test_start_in_a_thread_that_is_interrupted_before_its_loop_exists_begins_not
 
     monkeypatch.setattr("asyncio.events.new_event_loop", new_event_loop)
     app = App()
-    before = signal.signal(signal.SIGUSR1, raise_app_error)
-    try:
-        with pytest.raises(AppError, match="SIGUSR1"):
-            start_in_thread(app)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(AppError, match="SIGUSR1"):
+        start_in_thread(app)
     assert app.events == []
     assert threads() == []

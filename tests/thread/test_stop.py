@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -208,28 +207,23 @@ def test_servers_own_error_that_leaves_the_block_gets_no_note() -> None:
     assert not hasattr(caught.value, "__notes__")
 
 
-def test_interrupted_stop_of_a_server_in_a_thread_forces(clients: ThreadPoolExecutor) -> None:
+def test_interrupted_stop_of_a_server_in_a_thread_forces(
+    clients: ThreadPoolExecutor, interrupt: Callable[[], None]
+) -> None:
     """What a signal handler raises comes out when everything is over; the server's own error is its note."""
     app = Held(ends=False, shutdown="raises")
     server = start_in_thread(app, shutdown_timeout=None)
     asking = clients.submit(get, server, "/hold")
     app.has_begun.wait()
 
-    def interrupt() -> None:
+    def interrupt_stop() -> None:
         while not server._server._engine.is_stopping:
             pass
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        interrupt()
 
-    def raise_app_error(signum: int, frame: object) -> None:
-        raise AppError(signum)
-
-    before = signal.signal(signal.SIGUSR1, raise_app_error)
-    try:
-        clients.submit(interrupt)
-        with pytest.raises(AppError) as caught:
-            server.stop()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    clients.submit(interrupt_stop)
+    with pytest.raises(AppError) as caught:
+        server.stop()
     assert "ShutdownError" in caught.value.__notes__[0]
     assert app.events[-3:] == ["cancelled /hold", "shutdown", "lifespan over"]
     assert asking.result() == "Internal Server Error"
