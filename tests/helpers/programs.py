@@ -76,8 +76,10 @@ class Program:
 
     def end(self) -> tuple[int, str]:
         """Wait for its end; return the exit code and its standard error."""
-        out, err = self.process.communicate()
-        self.said += out.splitlines()
+        assert self.process.stdout is not None
+        # Not by `communicate()`, which does not look at what `wait_for()` has read ahead.
+        self.said += self.process.stdout.read().splitlines()
+        _, err = self.process.communicate()
         return self.process.returncode, err
 
     @property
