@@ -19,8 +19,10 @@ import uvloop
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _limits
+from aioserve._net import transports
 from aioserve.testing import assert_nothing_left
 from tests.helpers import walk
+from tests.helpers.proactor import PortableLoop
 
 # For programs that run in a process of their own; pyproject.toml has the same for pytest.
 WARNINGS_ARE_ERRORS = [
@@ -36,6 +38,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "debug": {"debug": True},
     "eager": {"loop_factory": lambda: eager_loop()},
     "uvloop": {"loop_factory": uvloop.new_event_loop},
+    "portable": {"loop_factory": PortableLoop},
 }
 DEFAULT_LOOPS = ["asyncio", "uvloop"]
 if sys.version_info < (3, 12):
@@ -78,8 +81,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def anyio_backend(loop_name: str) -> tuple[str, dict[str, Any]]:
+def anyio_backend(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
     """Choose the loop for anyio's plugin."""
+    if loop_name == "portable":  # where nothing tells what is unread
+        monkeypatch.setattr(transports, "_ask_kernel", lambda raw, request: 0)
+        monkeypatch.setattr(transports, "_tcp_info_fields", lambda sock, layout: None)
     return "asyncio", LOOPS[loop_name]
 
 

@@ -39,6 +39,10 @@ class Closer:
         """Return how many bytes have arrived and are not read yet; with TLS, encrypted ones."""
         return unread_bytes(self._acceptor.raw_transport(connection.transport))
 
+    def may_have_unread(self, connection: Any) -> bool:
+        """Whether something may have arrived that is not read yet."""
+        return self._acceptor.is_portable or self.unread(connection) > 0
+
     def close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> ConnectionState | None:
         """
         Close a connection if it is idle, a WebSocket with 1012 or an unaccepted one with 503.
@@ -128,7 +132,8 @@ class Closer:
         return protocols.has_unread_body(connection) or self.unread(connection) > 0
 
     def _linger(self, raw: Any) -> None:
-        if not self._is_dropping:
+        # asyncio's transport for Windows shuts both directions down when it closes.
+        if not (self._is_dropping or self._acceptor.is_portable):
             if self.lingering is None:
                 self.lingering = LingeringSockets(on_end=self._on_change)
             self.lingering.begin(raw)

@@ -48,9 +48,10 @@ class Connections:
         access_log: bool,
         condition: Condition,
         on_limit: Callable[[int], None],
+        acceptor: type[Acceptor],
     ) -> None:
         self.state: TrackedState = create_state(config, self, on_limit)
-        self.acceptor: Acceptor = Acceptor(
+        self.acceptor: Acceptor = acceptor(
             listeners,
             functools.partial(protocols.create_protocol, config, self.state, lifespan, access_log),
             ssl=config.ssl,
@@ -119,9 +120,10 @@ class Connections:
         """
         Close idle HTTP connections whose clients do not owe a body; leave all others for `close_unneeded()`.
 
-        With TLS, leave all: the transport may hold data that nobody has processed.
+        With TLS, leave all: the transport may hold data that nobody has processed; and so may the system, where nobody
+        knows.
         """
-        if self._has_tls:
+        if self._has_tls or self.acceptor.is_portable:
             return
         for connection in list(self.state.connections):
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
@@ -184,7 +186,7 @@ class Connections:
         pass_on_interrupts(cycle)
         is_stream = cycle.response_started and is_event_stream(cycle.scope)
         if self._disconnecting or is_stream:
-            disconnect(cycle, self._closer.unread, end_response=is_stream)
+            disconnect(cycle, self._closer.may_have_unread, end_response=is_stream)
 
     def cancel(self, handler: asyncio.Task[Any]) -> None:
         self._watch_handlers_soon()

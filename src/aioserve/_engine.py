@@ -21,9 +21,10 @@ from typing import Any
 
 from aioserve import _limits
 from aioserve._connections import Connections, abandon
-from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, describe_error
+from aioserve._errors import ServerCrashedError, ShutdownError, StartupError, StartupInterruptedError, describe_error
 from aioserve._lifespan import Lifespan
 from aioserve._log import logger, uvicorn_logger
+from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
 from aioserve._report import Report
 from aioserve._server_task import ServerTask
@@ -47,7 +48,7 @@ class Engine(ServerTask):
     error: BaseException | None = None
     report: Report | None = None
 
-    def __init__(self, settings: Settings, listeners: Sequence[Listener]) -> None:
+    def __init__(self, settings: Settings, listeners: Sequence[Listener], acceptor: type[Acceptor]) -> None:
         config = settings.config
         super().__init__(listeners, has_tls=config.ssl is not None)
         self._thread = threading.get_ident()
@@ -67,6 +68,7 @@ class Engine(ServerTask):
             access_log=settings.access_log,
             condition=self._condition,
             on_limit=self._limit_reached,
+            acceptor=acceptor,
         )
         self.shutdown: Shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
 
@@ -97,18 +99,18 @@ class Engine(ServerTask):
     async def _serve_until_asked(self) -> None:
         try:
             await self.lifespan.startup(self.settings.startup_timeout)
-        except StartupError as exc:
+            await self.connections.acceptor.start(self.lifespan.context or contextvars.copy_context())
+        except (StartupError, OSError) as exc:
             self.error = exc
             return
         except GeneratorExit:
             raise
+        except asyncio.CancelledError:
+            self._condition.force()
+            self.error = StartupInterruptedError("the server was told to stop before it had started")
+            return
         except BaseException as exc:  # noqa: BLE001 (nothing may leave the task, and the lifespan must be ended)
             self._crash("the server's own task failed while it was starting", exc)
-            return
-        try:
-            self.connections.acceptor.start(self.lifespan.context or contextvars.copy_context())
-        except OSError as exc:
-            self.error = exc
             return
         self.started = True
         for listener, url in zip(self.listeners, self.urls, strict=True):

@@ -39,6 +39,7 @@ from aioserve._errors import StartupError, StartupInterruptedError
 from aioserve._functions import AsyncBlock, with_options
 from aioserve._log import logger
 from aioserve._net.listeners import Listener
+from aioserve._net.loops import choose_acceptor
 from aioserve._options import App, Options
 from aioserve._server import Server, ServerHandle
 from aioserve._settings import Settings, parse
@@ -209,7 +210,7 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
         with signals:  # a signal interrupts the import
             load_config(settings.config, settings.ssl, settings.app_dir)
         signals.take_back()
-        server = Server(Engine(settings, listeners))
+        server = Server(Engine(settings, listeners, await choose_acceptor()))
         server._engine.start()
     except BaseException as exc:
         for listener in listeners:

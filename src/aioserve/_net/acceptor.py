@@ -1,5 +1,5 @@
 """
-Accepts connections on listening sockets, on loops with `add_reader()`.
+Accepts connections on listening sockets, on loops with `add_reader()`; `portable.py` does so on others.
 
 asyncio's own servers do not track a connection between accept() and its protocol; docs/architecture.md says what that
 would cost.
@@ -16,21 +16,19 @@ import socket
 import ssl
 import struct
 import sys
-import types
 from array import array
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from aioserve import _limits
 from aioserve._errors import describe_error
 from aioserve._log import logger
 from aioserve._net import forks
+from aioserve._net.handshakes import Handshake, start_tls
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import FlushWatch, has_unsent, idle_time, queue_length
 from aioserve._waiting import start_task
-
-T = TypeVar("T")
 
 # What accept() says of one connection that is gone already (accept(2), on Linux).
 _GONE = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
@@ -43,8 +41,11 @@ class Acceptor:
     In `uvicorn.Server.servers` it takes the place of an `asyncio.Server`.
     """
 
+    is_portable: bool = False
+    """Whether the loop can watch no sockets of ours; then nobody knows what has arrived and is not read yet."""
     has_rest: bool = False
     """Whether connections wait in the queues of sockets that are about to close."""
+    _watch: type[FlushWatch] = FlushWatch
     _reserve: int | None = None  # a descriptor that is closed to make room when no other is left
     _is_used: bool = False
 
@@ -78,14 +79,17 @@ class Acceptor:
     def is_serving(self) -> bool:
         return self._serving and not self._loop.is_closed()
 
-    def start(self, context: contextvars.Context) -> None:
+    async def start(self, context: contextvars.Context) -> None:
         """Listen, and accept; connections get a copy of the context. An `OSError` says where it cannot listen."""
         for listener in self._listeners:
             listener.listen(self._backlog)
         self._serving = True
         self._context = context
+        await self._start_accepting()
+
+    async def _start_accepting(self) -> None:
         for listener in self._listeners:
-            context.run(self._add_reader, listener)
+            self._context.run(self._add_reader, listener)
 
     def _add_reader(self, listener: Listener) -> None:
         # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
@@ -100,21 +104,28 @@ class Acceptor:
         """
         was_serving, self._serving = self._serving, False
         if was_serving and not self._loop.is_closed():
-            # Not in a fork of the process in which it has accepted something.
-            self._is_used = self._accepted_in is not None and self._accepted_in == os.getpid()
-            for listener in self._listeners:
-                self._loop.remove_reader(listener.socket.fileno())
-                listener.remove_file()
-                if self._is_used and not listener.lent:
-                    _drop_new_connections(listener.socket)
-            for retry in self._retries.values():
-                retry.cancel()
-            self.has_rest = True
-            self.accept_rest()
-            if self.has_rest:
-                logger.error("no descriptor is left for connections that wait; they are accepted as others close")
+            self._stop_accepting()
         else:
             self.lose_rest()
+
+    def _stop_accepting(self) -> None:
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.socket.fileno())
+        self._accept_last()
+
+    def _accept_last(self) -> None:
+        # Not in a fork of the process in which it has accepted something.
+        self._is_used = self._accepted_in is not None and self._accepted_in == os.getpid()
+        for listener in self._listeners:
+            listener.remove_file()
+            if self._is_used and not listener.lent:
+                _drop_new_connections(listener.socket)
+        for retry in self._retries.values():
+            retry.cancel()
+        self.has_rest = True
+        self.accept_rest()
+        if self.has_rest:
+            logger.error("no descriptor is left for connections that wait; they are accepted as others close")
 
     def accept_rest(self) -> None:
         """Accept what waits in the queues of our own sockets, and close each one whose queue is empty."""
@@ -187,7 +198,7 @@ class Acceptor:
         if not has_unsent(transport, raw):
             hang_up(raw)
             return
-        watch = FlushWatch(transport, raw, hang_up)
+        watch = self._watch(transport, raw, hang_up)
         try:
             watch.start()
         except OSError as exc:
@@ -234,33 +245,39 @@ class Acceptor:
             making: Coroutine[Any, Any, object] = (
                 self._loop.connect_accepted_socket(self._make_protocol, connection)
                 if self._ssl is None
-                else self._start_tls(connection, self._ssl)
+                else self._connect_tls(connection, self._ssl)
             )
             try:
-                task = start_task(making)
+                self._begin(making)
             except BaseException:  # raised by a task factory
-                making.close()
                 connection.close()
                 raise
-            if not task.done():
-                self.pending.add(task)
-            task.add_done_callback(self._made)
         return True
 
-    async def _start_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
-        """Do in two steps what asyncio would do in one, to know the transport below TLS."""
-        raw, handshake = await self._loop.connect_accepted_socket(_Handshake, connection)
+    def _begin(self, making: Coroutine[Any, Any, object]) -> None:
+        """Begin to make a connection, in a task that is tracked."""
+        try:
+            task = start_task(making)
+        except BaseException:
+            making.close()
+            raise
+        if not task.done():
+            self.pending.add(task)
+        task.add_done_callback(self._made)
+
+    async def _connect_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        raw, handshake = await self._loop.connect_accepted_socket(Handshake, connection)
+        await self._shake_hands(raw, handshake, context)
+
+    async def _shake_hands(self, raw: asyncio.Transport, handshake: Handshake, context: ssl.SSLContext) -> None:
         self._handshakes[asyncio.current_task()] = raw  # type: ignore[index]
         try:
-            raw.pause_reading()
-            starting = self._loop.start_tls(raw, handshake, context, server_side=True)
-            transport = await _after_first_step(starting, lambda: self._loop.call_soon(handshake.pass_on, raw))
+            transport = await start_tls(raw, handshake, context)
         except BaseException:
             if self._loop.is_closed():
                 return  # this is garbage, and asyncio has tried to call the loop
             raw.abort()
             raise
-        assert transport is not None
         if handshake.is_lost:
             return  # the client is gone
         self._raw_transports[transport] = raw
@@ -301,61 +318,8 @@ def _drop_new_connections(sock: socket.socket) -> None:
 
 def _is_readable(sock: socket.socket) -> bool:
     """Whether connections wait in its queue: three times as quick as an accept() that fails."""
+    if sys.platform == "win32":
+        return bool(select.select([sock], (), (), 0)[0])
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
-
-
-class _Handshake(asyncio.Protocol):
-    """
-    The protocol of a TLS connection until its handshake is complete.
-
-    It keeps what arrives on the raw transport before TLS is there to read it (uvloop does not stop reading at once);
-    and then what arrives over TLS together with the end of the handshake.
-    """
-
-    def __init__(self) -> None:
-        self._received = bytearray()
-        self.is_lost = False
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-
-    def pass_on(self, raw: Any) -> None:
-        """Give what has arrived on the raw transport to TLS, as a transport does: by its buffer."""
-        received, self._received = self._received, bytearray()
-        protocol = raw.get_protocol()  # None where the client is gone
-        while protocol is not None and received:
-            buffer = protocol.get_buffer(len(received))
-            size = min(len(buffer), len(received))
-            buffer[:size] = received[:size]
-            protocol.buffer_updated(size)
-            del received[:size]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.is_lost = True
-
-    def complete(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
-        """Hand the connection to its real protocol."""
-        transport.set_protocol(protocol)
-        protocol.connection_made(transport)
-        if self._received:
-            protocol.data_received(bytes(self._received))
-
-
-@types.coroutine
-def _after_first_step(coroutine: Coroutine[Any, Any, T], act: Callable[[], object]) -> Generator[Any, Any, T]:
-    """Await a coroutine, and act right after its first step, before the loop turns."""
-    try:
-        awaited = coroutine.send(None)
-        act()
-        while True:
-            try:
-                result = yield awaited
-            except BaseException as exc:  # noqa: BLE001 (it is for the coroutine)
-                awaited = coroutine.throw(exc)
-            else:
-                awaited = coroutine.send(result)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value

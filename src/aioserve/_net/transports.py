@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import socket
 import struct
 import sys
-import termios
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -21,18 +19,26 @@ from typing import Any
 from aioserve import _limits
 from aioserve._net import forks
 
+if sys.platform != "win32":
+    import fcntl
+    from termios import FIONREAD, TIOCOUTQ
+else:
+    FIONREAD = TIOCOUTQ = 0  # nobody tells there
+
 
 def unread_bytes(raw: Any) -> int:
     """Return how much has arrived on a connection that nobody has read yet."""
-    return _ask_kernel(raw, termios.FIONREAD)
+    return _ask_kernel(raw, FIONREAD)
 
 
 def unacknowledged_bytes(raw: Any) -> int:
     """Return how much was written to a connection of which the client's kernel has not said that it has it."""
-    return _ask_kernel(raw, termios.TIOCOUTQ)
+    return _ask_kernel(raw, TIOCOUTQ)
 
 
 def _ask_kernel(raw: Any, request: int) -> int:
+    if sys.platform == "win32":
+        return 0
     size = bytearray(4)  # a C int; bytes would be copied
     try:
         fcntl.ioctl(descriptor(raw), request, size)
@@ -154,9 +160,9 @@ class FlushWatch:
             self._descriptor = os.dup(descriptor(self._raw))
             forks.track(self)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_writer(self._descriptor, self._writable)
+        self._loop.add_writer(self._descriptor, self._look)
 
-    def _writable(self) -> None:
+    def _look(self) -> None:
         if not has_unsent(self._transport, self._raw):
             self._loop.remove_writer(self._descriptor)
             self._hang_up(self._raw)

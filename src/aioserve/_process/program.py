@@ -12,13 +12,12 @@ import importlib.util
 import operator
 import os
 import signal
-import socket
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 
 from aioserve._errors import ServingError, StartupError, StartupInterruptedError, describe_error
 from aioserve._net.listeners import Listener
+from aioserve._net.loops import choose_acceptor
 from aioserve._process import messages
 from aioserve._serving import start_with
 from aioserve._settings import Settings
@@ -73,7 +72,7 @@ def run(
         try:
             runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory(loop)))
             if loop not in _KNOWN_LOOPS:
-                runner.run(_try_loop())
+                runner.run(choose_acceptor())
         except Exception as exc:  # noqa: BLE001 (anything can be in a factory)
             on_event(messages.failed(StartupError(f"--loop {loop}: {_why_no_loop(exc)}")))
             return NOT_STARTED
@@ -112,30 +111,12 @@ def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
     return factory
 
 
-async def _try_loop() -> None:
-    """Try what a loop has to have, with a connection; some loops have the methods, and raise in them."""
-    loop = asyncio.get_running_loop()
-    accepted, client = socket.socketpair()
-    with client:
-        accepted.setblocking(False)
-        loop.add_reader(accepted.fileno(), lambda: None)
-        loop.remove_reader(accepted.fileno())
-        try:
-            transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
-        except BaseException:
-            accepted.close()
-            raise
-        transport.close()
-        await asyncio.sleep(0)
-
-
 def _why_no_loop(error: Exception) -> str:
     match error:
         case LookupError():
             return str(error)
         case ModuleNotFoundError():
             return f"there is no module {error.name}" + (f"; pip install {error.name}" * (error.name in _LOOP_PACKAGES))
-        case NotImplementedError():
-            method = traceback.extract_tb(error.__traceback__)[-1].name
-            return f"the loop has no {method}(), which aioserve needs"
+        case RuntimeError():
+            return str(error)
     return describe_error(error)

@@ -19,17 +19,17 @@ from aioserve._log import uvicorn_logger
 from aioserve._uvicorn.logs import silence_expected_errors
 
 
-def disconnect(cycle: Any, unread: Callable[[Any], int], *, end_response: bool = False) -> None:
+def disconnect(cycle: Any, may_have_unread: Callable[[Any], bool], *, end_response: bool = False) -> None:
     """
     Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
 
-    For that, `unread` tells how many bytes have arrived on a cycle's connection and are not read yet. With
+    For that, `may_have_unread` tells whether something on a cycle's connection may not be read yet. With
     `end_response`, a handler that then returns and leaves its response unfinished has ended it, as its client sees it.
     """
     if isinstance(cycle.message_event, _DisconnectEvent):
         return
     silence_expected_errors(cycle, functools.partial(_end_response, cycle) if end_response else None)
-    cycle.message_event = _DisconnectEvent(cycle, unread)
+    cycle.message_event = _DisconnectEvent(cycle, may_have_unread)
     cycle.__class__ = _disconnected_class(type(cycle))  # type: ignore[arg-type]
     cycle.message_event.wake_up()
 
@@ -50,9 +50,9 @@ def _end_response(cycle: Any) -> None:
 class _DisconnectEvent:
     """Replaces a cycle's `asyncio.Event`: when no message is left, `receive()` returns the disconnect."""
 
-    def __init__(self, cycle: Any, unread: Callable[[Any], int]) -> None:
+    def __init__(self, cycle: Any, may_have_unread: Callable[[Any], bool]) -> None:
         self._cycle = cycle
-        self._unread = unread
+        self._may_have_unread = may_have_unread
         self._event = cycle.message_event  # a handler may be waiting for it
         self._has_message = cycle.message_event.is_set()
         self._turns = _limits.BODY_TURNS
@@ -72,7 +72,9 @@ class _DisconnectEvent:
     def _body_is_coming(self) -> bool:
         """Whether more of the request's body has arrived and is about to be read; with a limit to the looks."""
         self._turns -= 1
-        return self._turns > 0 and not self._has_message and bool(self._cycle.more_body and self._unread(self._cycle))
+        if self._turns <= 0 or self._has_message or not self._cycle.more_body:
+            return False
+        return self._may_have_unread(self._cycle)
 
     def set(self) -> None:
         self._has_message = True
