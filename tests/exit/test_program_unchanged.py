@@ -79,7 +79,9 @@ def test_importing_aioserve_imports_neither_uvicorn_nor_anyio_nor_asyncio() -> N
 def test_every_public_name_can_be_loaded_and_is_listed() -> None:
     """By `dir()`; any other name raises AttributeError, as in every module."""
     for name in aioserve.__all__:
-        assert getattr(getattr(aioserve, name), "__name__", name) == name
+        value = getattr(aioserve, name)
+        if name != "App":  # a union, which has the name of its class from Python 3.14 on
+            assert getattr(value, "__name__", name) == name
         assert name in dir(aioserve)
     with pytest.raises(AttributeError, match="has no attribute 'severing'"):
         aioserve.severing  # type: ignore[attr-defined]  # noqa: B018
