@@ -159,5 +159,7 @@ async def test_server_cannot_be_pickled() -> None:
     """It is of one process; the error says what to pass to another one."""
     async with serving(App()) as server:
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            with pytest.raises(TypeError, match=r"^an aioserve\.Server cannot be pickled; pass its url instead$"):
+            with pytest.raises(TypeError) as caught:
                 pickle.dumps([server], protocol)
+            # Without the note that Python 3.14 adds, which says where in the pickle it is.
+            assert str(caught.value) == "an aioserve.Server cannot be pickled; pass its url instead"
