@@ -27,6 +27,7 @@ from tests.helpers.unix import REQUEST, alive, answers, connect, identity, make_
 from tests.helpers.ways import WAYS, Way
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 async def test_forked_process_does_not_remove_the_unix_socket(path: str) -> None:
     """It has a copy of everything, but the file is its parent's."""
     server = await start(App(), uds=path)
