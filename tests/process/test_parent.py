@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forking import ALLOWED
 from tests.helpers.processes import TALKING, is_free, linux_only
 from tests.helpers.programs import Program
 
@@ -101,8 +102,7 @@ def test_child_ends_when_its_parent_is_killed_at_once() -> None:
 def test_child_ends_when_its_parent_is_killed_and_a_fork_of_the_parent_lives_on() -> None:
     """Although the fork has inherited the parent's end of the pipe that the child watches."""
     forking = PARENT.replace('print("ready"', 'os.fork() or signal.pause(); print("ready"')
-    allowed = ("-W", "ignore:.*use of fork:DeprecationWarning")
-    with Program(*allowed, "-c", forking, TALKING, "serving", "asyncio") as program:
+    with Program(*ALLOWED, "-c", forking, TALKING, "serving", "asyncio") as program:
         child = int(program.wait_for("ready").split()[1])
         end = os.pidfd_open(child)
         program.send(signal.SIGKILL)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.helpers.forking import ALLOWED
 from tests.helpers.programs import Program
 from tests.helpers.ways import WAYS
 
@@ -157,7 +158,7 @@ def test_second_ctrl_c_forces_the_stop_by_default(loop_name: str) -> None:
 
 def test_forked_process_does_not_handle_the_stop_signals_of_its_parent() -> None:
     """It dies of SIGTERM as usual, and the parent's server goes on."""
-    with Program("-W", "ignore:.*use of fork:DeprecationWarning", "-c", FORKING) as program:
+    with Program(*ALLOWED, "-c", FORKING) as program:
         assert program.end() == (0, "")
     assert program.said == [f"the fork died of {int(signal.SIGTERM)}", "the server goes on: True"]
 
