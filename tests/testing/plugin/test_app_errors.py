@@ -15,6 +15,7 @@ LATE = "*-- aioserve: what left the app, until its teardown --*"
 RAISING = """
 import asyncio
 import time
+import urllib.error
 import urllib.request
 
 
@@ -35,6 +36,8 @@ async def app(scope, receive, send):
 def get(url):
     try:
         urllib.request.urlopen(url)
+    except urllib.error.HTTPError as exc:
+        exc.close()  # an open one is a ResourceWarning from Python 3.15 on
     except OSError:
         pass
 
