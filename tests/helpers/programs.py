@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -70,9 +71,21 @@ class Program:
         self.process.send_signal(signum)
 
     def wait_until_asleep(self) -> None:
-        """Wait until it sleeps; Linux only."""
-        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
-            pass
+        """
+        Wait until its main thread sleeps, so that a signal interrupts that, and does not come just before; on Linux.
+
+        While that thread waits for CPython's own lock, it sleeps as well, but wakes up each 5 ms.
+        """
+        before = None
+        while sys.platform == "linux" and ((now := self._sleep()) is None or now != before):
+            before = now
+            time.sleep(0.02)
+
+    def _sleep(self) -> int | None:
+        """Return the number of the main thread's present sleep; `None` where it is awake."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^State:\tS.*^voluntary_ctxt_switches:\t(\d+)$", status, re.DOTALL | re.MULTILINE)
+        return int(found[1]) if found else None
 
     def end(self) -> tuple[int, str]:
         """Wait for its end; return the exit code and its standard error."""

@@ -132,6 +132,7 @@ def test_ctrl_c_is_handled_by_asyncio_by_default(way: str, loop_name: str) -> No
     """It cancels the main task, and `KeyboardInterrupt` comes out of `asyncio.run()`."""
     with Program("-m", "tests.helpers.signalled", way, "body", loop_name) as program:
         program.wait_for("uvicorn.error: Uvicorn running on")
+        program.wait_until_asleep()  # asyncio itself does not wake up for a signal that comes just before it sleeps
         program.send(signal.SIGINT)
         code, err = program.end()
     assert code == -signal.SIGINT

@@ -18,6 +18,7 @@ def test_second_interrupt_ends_a_program_whose_handlers_compute(loop_name: str, 
     """uvicorn would catch it and log it; and here nothing else would end the stop."""
     with Program("-m", "tests.helpers.computing", loop_name, http) as program:
         program.wait_for("serving")
+        program.wait_until_asleep()
         program.send(signal.SIGINT)
         program.wait_for("computing")
         program.send(signal.SIGINT)

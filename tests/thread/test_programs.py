@@ -164,6 +164,7 @@ def test_program_ends_without_what_ignores_its_cancellation(loop_name: str) -> N
     """The forgotten server, which has no limit, is forced by an interrupt; its thread is left behind."""
     with running(loop_name, "falls_off_the_end") as program, asking(program, "/cling") as client:
         program.wait_for("stopping")
+        program.wait_until_asleep()
         program.send(signal.SIGINT)
         answer(client)
         code, printed = program.end()
@@ -186,6 +187,7 @@ def test_interrupt_in_the_block_of_a_server_in_a_thread_stops_it_gracefully(end:
     """KeyboardInterrupt comes out."""
     with running(loop_name, end) as program, asking(program, "/wait") as client:
         program.wait_for("in the block")
+        program.wait_until_asleep()
         program.send(signal.SIGINT)
         assert answer(client).endswith(b"hello")
         code, printed = program.end()
@@ -200,8 +202,10 @@ def test_interrupt_of_the_stop_of_a_server_in_a_thread_forces(end: str, loop_nam
     with running(loop_name, end) as program, asking(program, "/hold") as client:
         if end == "sleeps_in_its_block":
             program.wait_for("in the block")
+            program.wait_until_asleep()
             program.send(signal.SIGINT)
         program.wait_for("stopping")
+        program.wait_until_asleep()
         program.send(signal.SIGINT)
         assert b"500 Internal Server Error" in answer(client)
         code, printed = program.end()
@@ -215,6 +219,7 @@ def test_interrupt_of_the_start_of_a_server_in_a_thread_leaves_nothing(loop_name
     """The lifespan has ended before KeyboardInterrupt comes out."""
     with running(loop_name, "hangs_in_its_startup") as program:
         program.wait_for("starting")
+        program.wait_until_asleep()
         program.send(signal.SIGINT)
         code, printed = program.end()
     assert code  # 1, not -2, where anything is compiled after the interrupt, as for a named tuple
