@@ -132,6 +132,7 @@ async def test_child_imports_from_the_same_places_as_its_parent(
     (tmp_path / "click.py").write_text("raise RuntimeError('this is not the real one')")
     (tmp_path / "lone_app.py").write_text("from tests.helpers.children import path as app\n")
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "warnoptions", [*sys.warnoptions, "ignore:none of ours"])  # as -W would
     async with serving_process("lone_app:app") as server:
         found = (await get(server)).text
     assert found == repr((sys.path, str(tmp_path), sys.warnoptions, ""))
