@@ -151,7 +151,7 @@ class Closer:
             self._active -= {connection}
 
     def abort(self, connection: Any) -> None:
-        # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.13).
+        # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.15).
         self._acceptor.raw_transport(connection.transport).abort()
 
     def drop(self) -> None:

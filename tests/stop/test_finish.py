@@ -19,6 +19,7 @@ from tests.helpers.clients import (
     connect,
     connect_tls,
 )
+from tests.helpers.forking import open_at
 from tests.helpers.turns import MOMENT, turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -174,5 +175,6 @@ async def test_websocket_over_tls_that_cannot_get_its_close_frame_is_dropped(tls
         transport.pause_reading()
         await turns()
         await server.aclose()
+        assert open_at((server.host, server.port)) == 0
     assert server.report is not None
     assert server.report.aborted == 1
