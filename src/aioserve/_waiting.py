@@ -25,6 +25,7 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
     """
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+        # Python 3.14 has it in create_task() as well, which is slower, and passes it on to task factories.
         task: Any = asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
         task._log_destroy_pending = False
     else:
