@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import selectors
 import socket
@@ -141,32 +142,38 @@ class SelectorProactor:
         self._selector.close()
 
 
-class WindowsSocket(socket.socket):
-    """A socket whose client may have gone when it is shut down: Windows does not mind that."""
+@functools.cache
+def windows_class(kind: type[socket.socket]) -> Any:
+    """Make a class of sockets for which it is no error to be shut down when the client has gone, as on Windows."""
 
-    __slots__ = ()
+    class WindowsSocket(kind):  # type: ignore[misc, valid-type]
+        __slots__ = ()
 
-    def shutdown(self, how: int) -> None:
-        try:
-            super().shutdown(how)
-        except OSError as exc:
-            if exc.errno != errno.ENOTCONN:
-                raise
+        def shutdown(self, how: int) -> None:
+            try:
+                super().shutdown(how)
+            except OSError as exc:
+                if exc.errno != errno.ENOTCONN:
+                    raise
+
+    return WindowsSocket
 
 
 class PortableLoop(BaseProactorEventLoop):
     """asyncio's loop for Windows, as `ProactorEventLoop` makes it."""
 
+    _self_reading_future: Any
+
     def __init__(self) -> None:
         super().__init__(SelectorProactor())
 
     def _make_socket_transport(self, sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
-        if sock.__class__ is socket.socket:
-            sock.__class__ = WindowsSocket
-        return super()._make_socket_transport(sock, *args, **kwargs)
+        kind: Any = sock.__class__
+        sock.__class__ = windows_class(kind)
+        return super()._make_socket_transport(sock, *args, **kwargs)  # type: ignore[misc]  # typeshed leaves it out
 
     def run_forever(self) -> None:
-        self.call_soon(self._loop_self_reading)
+        self.call_soon(self._loop_self_reading)  # type: ignore[attr-defined]
         try:
             super().run_forever()
         finally:
