@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -167,6 +168,7 @@ _RANGES = {
 _NO_RANGE = ("", 0, 0, "")
 
 _MAY_BE_NONE = frozenset({"host", "uds", "sockets", "systemd", "ssl"})
+_NOT_ON_WINDOWS = ("uds", "uds_mode", "fd", "systemd", "reuse_port")
 _COMBINED = LISTEN_OPTIONS | {"ssl", "ssl_keyfile"}
 
 # Signals that no program can handle; and those of a fault, which would come again and again, since Python runs its
@@ -211,6 +213,10 @@ def check_values(options: Mapping[str, Any]) -> None:
 
 
 def _check_combinations(options: Mapping[str, Any]) -> None:
+    if sys.platform == "win32":
+        for name in _NOT_ON_WINDOWS:
+            if options.get(name) is not None and options[name] is not False:
+                raise ValueError(f"{name} is not supported on Windows")
     kinds = [name for name in ("uds", "fd", "sockets") if options.get(name) is not None]
     kinds += [name for name in ("host", "port") if name in options]
     if options.get("reuse_port") is True:

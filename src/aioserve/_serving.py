@@ -100,11 +100,11 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         disconnect_after: How long after the drain a handler that waits in `receive()` is told ``http.disconnect``, in
             seconds. The default, `None`, is at the end of the `shutdown_timeout`. Starlette's streaming responses wait
             for it, also those that would end by themselves: 0 cuts downloads short.
-        stop_on_signals: `True` (SIGINT and SIGTERM), or the signals that end the block: its body is cancelled, and the
-            block ends normally. A second one forces, except SIGHUP, which a closing terminal may send twice. Only in
-            the main thread, and only where the loop does not handle the signal already. If the app takes one of them
-            over while it starts, a warning is logged: call `Server.close()` in its handler, and await
-            `Server.wait_closed()` in the block. Default: `False`.
+        stop_on_signals: `True` (SIGINT and SIGTERM, on Windows also SIGBREAK), or the signals that end the block: its
+            body is cancelled, and the block ends normally. A second one forces, except SIGHUP, which a closing terminal
+            may send twice. Only in the main thread, and only where the loop does not handle the signal already. If the
+            app takes one of them over while it starts, a warning is logged: call `Server.close()` in its handler, and
+            await `Server.wait_closed()` in the block. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left

@@ -4,7 +4,6 @@
 
 import inspect
 import os
-import signal
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -17,6 +16,7 @@ from aioserve import _options
 from aioserve._limits import check_timeout
 from aioserve._net import listeners
 from aioserve._options import TIMEOUTS, App
+from aioserve._signals import STOP_SIGNALS
 from aioserve._uvicorn.config import make_config
 from aioserve._uvicorn.logs import warn_if_unseen
 
@@ -185,7 +185,7 @@ def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
 def _signals(options: Mapping[str, Any]) -> tuple[int, ...]:
     signals: bool | Collection[int] = options.get("stop_on_signals", False)
     if isinstance(signals, bool):
-        return (signal.SIGINT, signal.SIGTERM) if signals else ()
+        return STOP_SIGNALS if signals else ()
     return tuple(dict.fromkeys(signals))
 
 

@@ -23,6 +23,7 @@ import inspect
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,6 +36,11 @@ from aioserve._log import logger
 Previous: TypeAlias = Callable[[int, Any], Any] | int | signal.Handlers
 
 SIGHUP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
+
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+"""Those that end a program; on Windows, Ctrl+Break does so, and SIGTERM cannot be sent."""
+if sys.platform == "win32":
+    STOP_SIGNALS += (signal.SIGBREAK,)
 
 
 class Interrupted(BaseException):

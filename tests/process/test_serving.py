@@ -24,6 +24,7 @@ from aioserve import (
 )
 from aioserve._process import parent as _process
 from aioserve._process.messages import Handover
+from aioserve._process.spawn import spawn
 from tests.helpers.processes import TALKING, asking, get, is_free, linux_only
 from tests.helpers.programs import ROOT, Program
 
@@ -80,8 +81,7 @@ async def test_child_leaves_lent_sockets_to_the_next_server(monkeypatch: pytest.
         return spawn(app, handover)
 
     lents: list[bool] = []
-    spawn = _process._spawn
-    monkeypatch.setattr(_process, "_spawn", note)
+    monkeypatch.setattr(_process, "spawn", note)
     with socket.socket() as lent:
         lent.bind(("127.0.0.1", 0))
         async with serving_process(TALKING, sockets=[lent]) as first, serving_process(TALKING):

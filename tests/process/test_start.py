@@ -24,7 +24,7 @@ from aioserve import (
     StartupTimeoutError,
     serving_process,
 )
-from aioserve._process import messages, parent
+from aioserve._process import messages, spawn
 from tests.helpers.apps import App
 from tests.helpers.processes import TALKING, children, linux_only
 
@@ -189,7 +189,7 @@ def test_no_interpreter_is_taken_for_another_program(
     monkeypatch.setattr(sys, "executable", str(tmp_path / name))
     if name != "mayapy":
         monkeypatch.setattr(sys, "orig_argv", [])
-    parent._check_interpreter()
+    spawn.check_interpreter()
 
 
 def test_unknown_error_of_a_child_is_a_serving_error() -> None:

@@ -79,7 +79,7 @@ async def test_connections_that_could_not_be_accepted_are_counted(caplog: pytest
         first.ask("/hold")
         await app.holding.wait()
         acceptor = server._engine.connections.acceptor
-        assert acceptor._release_reserve()
+        assert acceptor._reserve.release()
         with ExitStack() as stack:
             waiting = [stack.enter_context(ask(server)) for _ in range(WAITING)]
             with no_descriptor_left():

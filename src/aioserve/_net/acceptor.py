@@ -27,7 +27,7 @@ from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.handshakes import Handshake, start_tls
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import FlushWatch, has_unsent, idle_time, queue_length
+from aioserve._net.transports import FlushWatch, has_unsent, idle_time, queue_length, send_without_delay
 from aioserve._waiting import start_task
 
 # What accept() says of one connection that is gone already (accept(2), on Linux).
@@ -46,7 +46,6 @@ class Acceptor:
     has_rest: bool = False
     """Whether connections wait in the queues of sockets that are about to close."""
     _watch: type[FlushWatch] = FlushWatch
-    _reserve: int | None = None  # a descriptor that is closed to make room when no other is left
     _is_used: bool = False
 
     def __init__(
@@ -63,6 +62,7 @@ class Acceptor:
         """The connections that are accepted and not made yet: with TLS, those in their handshake."""
 
         self._listeners = list(listeners)
+        self._reserve = _Reserve()
         self._raw_transports: dict[asyncio.BaseTransport, asyncio.Transport] = {}
         self._flush_watches: dict[asyncio.BaseTransport, FlushWatch] = {}
         self._loop = asyncio.get_running_loop()
@@ -114,8 +114,7 @@ class Acceptor:
         self._accept_last()
 
     def _accept_last(self) -> None:
-        # Not in a fork of the process in which it has accepted something.
-        self._is_used = self._accepted_in is not None and self._accepted_in == os.getpid()
+        self._is_used = self._accepted_in == os.getpid()  # not in a fork of the process that has accepted something
         for listener in self._listeners:
             listener.remove_file()
             if self._is_used and not listener.lent:
@@ -141,8 +140,8 @@ class Acceptor:
                 listener.close()
                 self._listeners.remove(listener)
             self.has_rest = bool(self._listeners)
-            if self._reserve is not None and not self.has_rest:
-                self._release_reserve()
+            if not self.has_rest:
+                self._reserve.release()
 
     def lose_rest(self) -> int:
         """Close all sockets, and return how many connections in their queues are lost for want of a descriptor."""
@@ -152,19 +151,10 @@ class Acceptor:
         self.has_rest = False
         while self._listeners:
             self._listeners.pop().close()
-        if self._reserve is not None:
-            self._release_reserve()
+        self._reserve.release()
         return lost
 
-    def _release_reserve(self) -> bool:
-        """Close the descriptor that is kept so that one connection at a time can be accepted when no other is left."""
-        reserve, self._reserve = self._reserve, None
-        if reserve is not None:
-            os.close(reserve)
-        return reserve is not None
-
-    async def wait_closed(self) -> None:
-        """Return at once: `close()` leaves nothing to wait for."""
+    async def wait_closed(self) -> None: ...  # `close()` leaves nothing to wait for
 
     def drop_pending(self) -> int:
         """Drop the connections that are still being made, and return how many these are."""
@@ -230,18 +220,15 @@ class Acceptor:
                     return True  # this is a fork, which has let go of it and runs the loop that it has a copy of
                 if self._serving:
                     self._pause(listener, exc)
-                elif self._release_reserve():
+                elif self._reserve.release():
                     continue
                 return False
             if self._accepted_in is None:
                 self._accepted_in = os.getpid()
-                with suppress(OSError):
-                    self._reserve = os.open(os.devnull, os.O_RDONLY)
+                self._reserve.take()
             connection.setblocking(False)
-            if connection.proto != socket.IPPROTO_TCP and connection.family in (socket.AF_INET, socket.AF_INET6):
-                # From a socket that was made with proto=0, as most lent ones are. asyncio does not set TCP_NODELAY on
-                # it, and answers on kept-alive connections would take 40 ms.
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if connection.proto != socket.IPPROTO_TCP:
+                send_without_delay(connection)
             making: Coroutine[Any, Any, object] = (
                 self._loop.connect_accepted_socket(self._make_protocol, connection)
                 if self._ssl is None
@@ -297,6 +284,23 @@ class Acceptor:
         logger.error("cannot accept: %s; trying again in %g second", exc.strerror, _limits.ACCEPT_RETRY)
         self._loop.remove_reader(listener.socket.fileno())
         self._retries[listener] = self._loop.call_later(_limits.ACCEPT_RETRY, self._add_reader, listener)
+
+
+class _Reserve:
+    """A descriptor that is kept so that one connection at a time can be accepted when no other is left."""
+
+    _descriptor: int | None = None
+
+    def take(self) -> None:
+        with suppress(OSError):
+            self._descriptor = os.open(os.devnull, os.O_RDONLY)
+
+    def release(self) -> bool:
+        """Close it, and return whether it was there."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is not None
 
 
 # A classic BPF program: load byte 13 of the TCP header, and accept the packet unless the SYN bit (2) is set in it.

@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import ssl
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
@@ -32,7 +33,11 @@ _NUMERIC = int(socket.AI_PASSIVE | socket.AI_NUMERICHOST)
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
 
 _HINTS = {
-    errno.EACCES: "a port below 1024 requires a privilege",
+    errno.EACCES: (
+        "another program has it for itself, or Windows reserves it (netsh interface ipv4 show excludedportrange tcp)"
+        if sys.platform == "win32"
+        else "a port below 1024 requires a privilege"
+    ),
     errno.EADDRNOTAVAIL: "this machine does not have that address",
 }
 _CONNECTION = "it is a connection (systemd: set Accept=no)"
@@ -74,13 +79,15 @@ class Listener:
 
     def listen(self, backlog: int) -> None:
         """Listen from now on; an `OSError` says where it cannot. The file of a Unix socket appears."""
-        if self.file_path is not None:
+        if sys.platform != "win32" and self.file_path is not None:
             from aioserve._net import unix  # only where it is needed
 
             self._remove_file = unix.listen(self.socket, self.file_path, self.mode, backlog).remove
             return
         try:
-            if os.name == "posix" and not self.lent:  # so that the port can be bound again while connections linger
+            if (
+                sys.platform != "win32" and not self.lent
+            ):  # so that the port can be bound again while connections linger
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.listen(backlog)
         except OSError as exc:
@@ -102,7 +109,7 @@ class Listener:
 
     def adopt_file(self) -> None:
         """Remove the file at the end also where another process, our child, has made it appear."""
-        if self.file_path is not None:
+        if sys.platform != "win32" and self.file_path is not None:
             from aioserve._net import unix  # only where it is needed
 
             with suppress(OSError):  # it has removed the file already
@@ -150,6 +157,8 @@ async def bind_addresses(
 
 async def prepare_path(path: str, mode: int) -> list[Listener]:
     """Check that a Unix socket can appear there; it is bound when it listens, since until then it would look stale."""
+    if sys.platform == "win32":
+        raise NotImplementedError  # the option is refused before
     from aioserve._net import unix  # only where it is needed
 
     unix.check(path)
@@ -203,10 +212,12 @@ def check_socket(sock: socket.socket, what: str) -> None:
         raise ValueError(f"{what} is closed")
     if isinstance(sock, ssl.SSLSocket):
         raise TypeError(f"{what} is a TLS socket; pass the plain socket, and its context as ssl")
-    if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX) or sock.type != socket.SOCK_STREAM:
+    is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+    is_unix = sys.platform != "win32" and sock.family == socket.AF_UNIX
+    if not (is_tcp or is_unix) or sock.type != socket.SOCK_STREAM:
         raise ValueError(f"only TCP sockets and Unix stream sockets can be served, not {what}")
     name = sock.getsockname()
-    if not (name if sock.family == socket.AF_UNIX else name[1]):
+    if not (name[1] if is_tcp else name):
         raise ValueError(f"{what} is not bound; bind it first")
 
 
@@ -259,7 +270,7 @@ _Address: TypeAlias = tuple[int, tuple[Any, ...], bool]
 
 def _bind_all(addresses: Iterable[_Address], port: int, *, reuse_port: bool) -> list[Listener]:
     # Where the kernel chooses the port, it is not to choose one that another program has bound, too.
-    reuse_address = os.name == "posix" and port != 0
+    reuse_address = sys.platform != "win32" and port != 0
     listeners: list[Listener] = []
     for family, sockaddr, optional in addresses:
         try:
@@ -287,7 +298,9 @@ def _bind(family: int, sockaddr: Any, port: int, reuse_address: bool, reuse_port
         sock.setblocking(False)
         if reuse_address:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
+        if sys.platform == "win32":  # where another program could take the port of a socket without it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        elif reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

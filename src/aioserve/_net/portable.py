@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-from contextlib import suppress
 from typing import Any
 
 from aioserve import _limits
 from aioserve._net import forks
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.handshakes import Handshake
-from aioserve._net.transports import FlushWatch, has_unsent
+from aioserve._net.transports import FlushWatch, has_unsent, send_without_delay
 from aioserve._waiting import outlast
 
 
@@ -111,11 +109,7 @@ class PortableAcceptor(Acceptor):
 
     def arrived(self, raw: asyncio.Transport, arrival: Handshake) -> None:
         """Give a connection that the loop has accepted to its protocol, or to TLS."""
-        sock = raw.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            # asyncio does so only where a socket was made with the protocol's number, which its Proactor does not do.
-            with suppress(OSError):  # the client is gone
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_without_delay(raw.get_extra_info("socket"))
         if self._ssl is None:
             protocol: Any = self._make_protocol()
             raw.set_protocol(protocol)

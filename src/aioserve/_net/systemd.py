@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -66,7 +67,7 @@ def warn_of_watchdog() -> None:
 def notify(state: str) -> None:
     """Send a state like "READY=1" to systemd, if NOTIFY_SOCKET is set."""
     address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
+    if not address or sys.platform == "win32":
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

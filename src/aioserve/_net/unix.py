@@ -22,15 +22,19 @@ A file is known by its device and inode. While its socket is open, the kernel gi
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 from aioserve._log import logger
+
+assert sys.platform != "win32"  # where it is refused: this is for type checkers
+
+import fcntl  # noqa: E402
 
 _LONGEST_NAME = 64  # of a socket in a private directory; an address can have about 100 bytes
 _OTHER_IS_FASTER = "another server has just created a socket there"

@@ -19,12 +19,14 @@ import time
 from contextlib import suppress
 from functools import partial
 
+from aioserve._net import unix
 from aioserve._net.listeners import Listener
-from aioserve._net.unix import create_socket
 from aioserve._process import messages, program
 from aioserve._settings import parse
 from aioserve._signals import Signals
 from aioserve._uvicorn.logs import log_config
+
+assert sys.platform != "win32"  # where it is refused: this is for type checkers
 
 
 def run(app: str, descriptors: str) -> int:
@@ -50,7 +52,7 @@ def run(app: str, descriptors: str) -> int:
     options = {"log_level": "warning", "stop_on_signals": True, **handover.options}
     options.setdefault("log_config", log_config(options["log_level"]))
     listeners = [
-        Listener(socket.socket(fileno=fd) if path is None else create_socket(fd), lent=lent, path=path, mode=mode)
+        Listener(socket.socket(fileno=fd) if path is None else unix.create_socket(fd), lent=lent, path=path, mode=mode)
         for fd, lent, path, mode in handover.listeners
     ]
     try:
@@ -76,10 +78,9 @@ def _watch_parent(lifeline: int, handover: messages.Handover, signals: Signals, 
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
     # A fork of the parent may keep the lifeline open after the parent's death.
-    try:
-        poll.register(os.pidfd_open(handover.parent), select.POLLIN)
-    except (AttributeError, OSError):
-        pass  # this system has no pidfds, or the parent has died already, which the lifeline tells as well
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # no pidfds, or it has died, which the lifeline tells as well
+            poll.register(os.pidfd_open(handover.parent), select.POLLIN)
     while os.getppid() == handover.parent and [lifeline] == [fd for fd, _ in poll.poll()]:
         if not os.read(lifeline, 1):
             break

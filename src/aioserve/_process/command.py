@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import uvicorn
 from aioserve._errors import message_of
 from aioserve._log import logger
 from aioserve._options import REFUSED, RENAMED, Options, option_meant
-from aioserve._process import child, messages
+from aioserve._process import messages
 from aioserve._process.program import run
 from aioserve._settings import parse
 from aioserve._uvicorn.logs import log_config
@@ -55,8 +54,11 @@ def descriptor(value: str) -> int:
 
 def writable(value: str) -> int:
     number = descriptor(value)
-    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-        raise click.BadParameter(f"descriptor {number} is not writable")
+    if sys.platform != "win32":
+        import fcntl  # only where it is needed
+
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise click.BadParameter(f"descriptor {number} is not writable")
     return number
 
 
@@ -150,7 +152,9 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     Exit codes: 0 after a graceful stop or an interrupted start; 1 after a forced stop, a crash or a failed shutdown; 2
     for a wrong command line; 3 if it could not start.
     """
-    if for_parent is not None:
+    if sys.platform != "win32" and for_parent is not None:
+        from aioserve._process import child  # only on systems with `serving_process()`
+
         return child.run(app, for_parent)
 
     loop, ready_fd = given.pop("loop"), given.pop("ready_fd")

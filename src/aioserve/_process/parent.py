@@ -14,9 +14,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import IO, TYPE_CHECKING, Any, Unpack
 
 from aioserve import _errors, _limits
@@ -25,8 +24,10 @@ from aioserve._functions import with_options
 from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.listeners import Listener
+from aioserve._net.loops import choose_acceptor
 from aioserve._options import Options
 from aioserve._process import messages
+from aioserve._process.spawn import check_interpreter, open_pidfd, spawn
 from aioserve._server import ServerHandle
 from aioserve._server_task import ServerTask
 from aioserve._serving import ServingContext, bind, serving, wait_started
@@ -95,17 +96,22 @@ def serving_process(app: str, **options: Unpack[Options]) -> AbstractAsyncContex
     Raises:
         OSError, StartupError, ServerCrashedError, ShutdownError, TypeError, ValueError, RuntimeError: As in
             `serving()`. If the app raised, a note has its traceback as text. `ShutdownError` also says that the child
-            had to be killed, and `RuntimeError` that this program has no Python interpreter: it is frozen, or embeds
-            Python.
+            had to be killed, and `RuntimeError` that this program has no Python interpreter (it is frozen, or embeds
+            Python), that its event loop has no `add_reader()`, or that it runs on Windows.
     """
     passed: dict[str, Any] = {}
 
     def parse_options() -> Settings:
-        _check_interpreter()
+        check_interpreter()
         passed.update(messages.options_for_child(app, options))
         return parse(app, {name: value for name, value in options.items() if name not in _LOGGING_OPTIONS})
 
     async def start(settings: Settings, signals: Signals) -> ServerProcess:
+        if (await choose_acceptor()).is_portable:
+            raise RuntimeError(
+                "serving_process() cannot watch a child process: the event loop has no add_reader(); "
+                "serve the app in this process"
+            )
         child = ChildProcess(app, passed, settings, await bind(settings, signals))
         child.start()
         server = ServerProcess(child)
@@ -149,7 +155,7 @@ class ChildProcess(ServerTask):
             alive_interval=self._settings.watchdog[0] if self._settings.watchdog else None,
         )
         try:
-            self.process, self._events, self._lifeline = _spawn(self._app, handover)
+            self.process, self._events, self._lifeline = spawn(self._app, handover)
         except BaseException:
             for listener in self.listeners:
                 listener.close()
@@ -158,11 +164,8 @@ class ChildProcess(ServerTask):
             listener.socket.close()  # the child has its own; ours would keep the port busy after its death
 
         self._loop.add_reader(self._events, self._on_readable)
-        try:
-            self._pidfd = os.pidfd_open(self.process.pid)
-        except (AttributeError, OSError):
-            pass  # not supported on this system; then the pipe's end counts as the end of the child
-        else:
+        self._pidfd = open_pidfd(self.process.pid)
+        if self._pidfd is not None:
             self._loop.add_reader(self._pidfd, self._on_exit)
         if self._settings.startup_timeout is not None:
             self._call_later(self._settings.startup_timeout, self._on_startup_timeout)
@@ -216,7 +219,7 @@ class ChildProcess(ServerTask):
             self._read()
         self._kill_group()  # its own children
         with suppress(ChildProcessError):  # SIGCHLD is ignored, so the system has thrown its exit code away
-            if self.process.returncode is None:
+            if sys.platform != "win32" and self.process.returncode is None:
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
             self.has_exit_code = True
         self.process.wait()
@@ -332,8 +335,9 @@ class ChildProcess(ServerTask):
         self.process.kill()  # it may have left its group
 
     def _kill_group(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # it has ended, or is about to (macOS)
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if sys.platform != "win32":
+            with suppress(ProcessLookupError, PermissionError):  # it has ended, or is about to (macOS)
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def _call_later(self, seconds: float, action: Callable[[], None]) -> None:
         """Do something so many seconds from now, unless it is to be done earlier anyway."""
@@ -347,54 +351,3 @@ class ChildProcess(ServerTask):
     def _cancel_timer(self, action: Callable[[], None]) -> None:
         if entry := self._timers.pop(action, None):
             entry[1].cancel()
-
-
-def _check_interpreter() -> None:
-    """Refuse an executable that is no Python: a frozen program would start itself, and that one again itself."""
-    if getattr(sys, "frozen", False):
-        why = "this program is frozen, and contains no Python interpreter that could be started"
-    elif not sys.executable:
-        why = "sys.executable is empty"
-    elif not _is_interpreter(sys.executable):
-        why = f"sys.executable is {sys.executable!r}, which is not a Python interpreter"
-    else:
-        return
-    raise RuntimeError(f"serving_process() cannot start a child process: {why}; serve the app in this process")
-
-
-def _is_interpreter(executable: str) -> bool:
-    if not os.access(executable, os.X_OK):
-        return False
-    names = [os.path.basename(each).lower() for each in (executable, os.path.realpath(executable))]
-    if any("python" in name or "pypy" in name for name in names):
-        return True
-    # One of another name (a copy, mayapy) was started with a command line of Python's, behind whose own part sys.argv
-    # begins. In a program that embeds Python, both are the program's command line, or there is none.
-    return bool(sys.orig_argv) and sys.orig_argv[:1] != sys.argv[:1]
-
-
-def _spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[bytes], int, IO[bytes]]:
-    """Start the child; return it, the reading end of its events, and the writing end of its lifeline."""
-    with tempfile.TemporaryFile("w+") as file, ExitStack() as undo, ExitStack() as childs:
-        json.dump(handover._asdict(), file)
-        file.seek(0)
-        events, childs_events = os.pipe()
-        undo.callback(os.close, events)
-        childs.callback(os.close, childs_events)
-        childs_lifeline, lifeline = os.pipe()
-        undo.callback(os.close, lifeline)
-        childs.callback(os.close, childs_lifeline)
-        os.set_blocking(events, False)
-
-        fds = (file.fileno(), childs_events, childs_lifeline)
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
-        # With -P, modules in the current directory do not hide those that we import.
-        command = [sys.executable, *flags, "-P", "-m", "aioserve", "--for-parent", ",".join(map(str, fds)), "--", app]
-        process = subprocess.Popen(  # noqa: S603 (ourselves)
-            command,
-            stdin=subprocess.DEVNULL,
-            pass_fds=(*fds, *(fd for fd, *_ in handover.listeners)),
-            process_group=0,  # so that the terminal's Ctrl+C is only for the parent
-        )
-        undo.pop_all()
-    return process, events, open(lifeline, "wb", buffering=0)

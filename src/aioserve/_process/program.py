@@ -21,7 +21,7 @@ from aioserve._net.loops import choose_acceptor
 from aioserve._process import messages
 from aioserve._serving import start_with
 from aioserve._settings import Settings
-from aioserve._signals import SIGHUP, Signals, signal_name
+from aioserve._signals import SIGHUP, STOP_SIGNALS, Signals, signal_name
 
 _KNOWN_LOOPS = ("auto", "asyncio", "uvloop")
 _LOOP_PACKAGES = ("uvloop", "zuvloop", "rloop", "winloop")
@@ -81,7 +81,7 @@ def run(
 
 def stop_signals() -> Signals:
     """Return the stop signals of a process that is ours: SIGHUP as well, unless it is ignored, as by nohup."""
-    wanted = [signal.SIGINT, signal.SIGTERM]
+    wanted = [*STOP_SIGNALS]
     if SIGHUP is not None and signal.getsignal(SIGHUP) == signal.SIG_DFL:
         wanted.append(signal.Signals(SIGHUP))
     return Signals(wanted, owns_process=True)

@@ -130,8 +130,10 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return the open descriptors with a description of each, without those that uvloop keeps open."""
-    found = {}
+    """Return the open descriptors with a description of each, without those that uvloop keeps; none on Windows."""
+    found: dict[int, str] = {}
+    if sys.platform == "win32":
+        return found
     for number in sorted(map(int, os.listdir("/dev/fd"))):
         with suppress(OSError):  # the one that was used to list the directory
             if (what := _describe(number)) != os.devnull:
@@ -147,9 +149,9 @@ def _lock_of_uvloop(pipes: list[int]) -> list[int]:
 
     libuv has it as a lock for its signal handlers. While nobody holds the lock, one byte waits in it.
     """
-    if "uvloop" not in sys.modules:
+    if sys.platform == "win32" or "uvloop" not in sys.modules:
         return []
-    import fcntl  # not on every system; neither is /dev/fd
+    import fcntl
     import termios
 
     def is_end(number: int, kind: int) -> bool:
