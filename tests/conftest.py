@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import trustme
-import uvloop
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _limits
@@ -37,10 +36,15 @@ LOOPS: dict[str, dict[str, Any]] = {
     "asyncio": {},
     "debug": {"debug": True},
     "eager": {"loop_factory": lambda: eager_loop()},
-    "uvloop": {"loop_factory": uvloop.new_event_loop},
+    "uvloop": {"loop_factory": lambda: uvloop.new_event_loop()},
     "portable": {"loop_factory": PortableLoop},
 }
 DEFAULT_LOOPS = ["asyncio", "uvloop"]
+if sys.platform != "win32":
+    import uvloop
+else:
+    DEFAULT_LOOPS = ["asyncio"]
+    del LOOPS["uvloop"]  # there is none
 if sys.version_info < (3, 12):
     del LOOPS["eager"]  # eager tasks came with Python 3.12
 
@@ -64,7 +68,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Apply the options to uvicorn's tables of protocols, and to the walks."""
     # Programs would inherit that they are ignored, where the suite is run by nohup, or in the background of a script.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     walk.every = config.getoption("--every")

@@ -170,9 +170,10 @@ def test_child_process_is_refused() -> None:
 
 
 def test_plugin_runs_tests_against_real_servers(tmp_path: Path) -> None:
-    """With the check that nothing is left."""
+    """And the check that nothing is left finds a task."""
     (tmp_path / "test_app.py").write_text(
         textwrap.dedent("""
+            import asyncio
             import pytest
             from aioserve.testing import assert_nothing_left
             from tests.helpers.apps import without_lifespan as app
@@ -184,9 +185,14 @@ def test_plugin_runs_tests_against_real_servers(tmp_path: Path) -> None:
                 return "asyncio"
 
             async def test_request(aioserve_client):
-                async with assert_nothing_left():
-                    client = await aioserve_client(app)
-                    assert (await client.get("/")).text == "hello"
+                client = await aioserve_client(app)
+                assert (await client.get("/")).text == "hello"
+
+            async def test_leak():
+                with pytest.raises(AssertionError, match="a task"):
+                    async with assert_nothing_left():
+                        task = asyncio.create_task(asyncio.sleep(10))
+                task.cancel()
 
             def test_without_a_loop(aioserve_live_server):
                 import urllib.request
@@ -194,9 +200,10 @@ def test_plugin_runs_tests_against_real_servers(tmp_path: Path) -> None:
                     assert answer.read() == b"hello"
         """)
     )
-    done = run(f"import pytest; sys.exit(pytest.main(['-qs', '-p', 'no:cacheprovider', {str(tmp_path)!r}]))")
+    options = ["-qs", "-p", "no:asyncio", "-p", "no:cacheprovider", str(tmp_path)]
+    done = run(f"import pytest; sys.exit(pytest.main({options}))")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert "2 passed" in done.stdout
+    assert "3 passed" in done.stdout
 
 
 def test_command_line_serves_until_ctrl_c() -> None:
