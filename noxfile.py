@@ -3,22 +3,22 @@ Everything that is checked, each in an environment of its own: `nox --list` says
 
     nox -s lint types
     nox -s tests-3.13 -- tests/stop
-    nox -s variants
+    nox -s "variants(eager)" -P 3.14
 
-What follows `--` goes to pytest. What names no Python runs on the one that runs nox.
+What follows `--` goes to pytest. What names no Python runs on the one that runs nox, or on that which `-P` names.
 """
 
 from __future__ import annotations
 
+import platform
 import shutil
-import sys
 import tempfile
 import tomllib
 from pathlib import Path
 
 import nox
 
-PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 HERE = Path(__file__).parent
 
 nox.options.default_venv_backend = "venv"
@@ -41,12 +41,20 @@ WITHOUT_PROGRAMS = [
     f"--ignore=tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin")
 ]
 
+# Tests of what a loop has only on Unix, besides.
+WITHOUT_UNIX = [*WITHOUT_PROGRAMS, "--ignore=tests/sockets"]
+
 # What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols. Each is there once.
-VARIANTS = [
-    ["--loop", "debug", "--http", "h11", "--ws", "websockets"],
-    ["--loop", "asyncio", "--http", "httptools", "--ws", "websockets-sansio"],
-    ["--loop", "eager" if sys.version_info >= (3, 12) else "asyncio", "--http", "zttp", "--ws", "wsproto"],
-]
+VARIANTS = {
+    "debug": ["--loop", "debug", "--http", "h11", "--ws", "websockets"],
+    "sansio": ["--loop", "asyncio", "--http", "httptools", "--ws", "websockets-sansio"],
+    "eager": ["--loop", "eager", "--http", "zttp", "--ws", "wsproto"],
+}
+
+
+def install(session: nox.Session, dependencies: str) -> None:
+    """Install the checkout and what its tests need, with the newest uvicorn and anyio or with the oldest."""
+    session.install(*(oldest() if dependencies == "oldest" else NEWEST), "-e", ".[test]")
 
 
 def run_suite(session: nox.Session, *options: str) -> None:
@@ -64,17 +72,26 @@ def run_suite(session: nox.Session, *options: str) -> None:
 @nox.parametrize("dependencies", ["newest", "oldest"], ids=["newest", "oldest"])
 def tests(session: nox.Session, dependencies: str) -> None:
     """The suite, on each Python, with the newest uvicorn and anyio and with the oldest."""
-    session.install(*(oldest() if dependencies == "oldest" else NEWEST), "-e", ".[test]")
+    install(session, dependencies)
     # With the newest, programs are run by the README's command and on the wheel.
     run_suite(session, *([] if (session.python, dependencies) == (PYTHONS[0], "oldest") else WITHOUT_PROGRAMS))
 
 
 @nox.session
-def variants(session: nox.Session) -> None:
-    """The suite on what else there is, one after the other."""
-    session.install(*NEWEST, "-e", ".[test]")
-    for options in VARIANTS:
-        run_suite(session, *options, *WITHOUT_PROGRAMS)
+@nox.parametrize("variant", list(VARIANTS), ids=list(VARIANTS))
+def variants(session: nox.Session, variant: str) -> None:
+    """The suite on another loop, with other protocols of uvicorn; one of them with the oldest uvicorn and anyio."""
+    if variant == "eager" and (session.python or platform.python_version()).startswith("3.11"):
+        session.skip("eager tasks came with Python 3.12")
+    install(session, "oldest" if variant == "debug" else "newest")
+    run_suite(session, *VARIANTS[variant], *WITHOUT_PROGRAMS)
+
+
+@nox.session
+def portable(session: nox.Session) -> None:
+    """The suite on a loop that can do only what every loop can, as on Windows."""
+    install(session, "newest")
+    run_suite(session, "--loop", "portable", *WITHOUT_UNIX)
 
 
 @nox.session
@@ -100,6 +117,10 @@ def types(session: nox.Session) -> None:
     """Whether the types fit, and whether users see them all."""
     session.install(*NEWEST, ".[dev]")
     session.run("mypy")
+    # What cannot be run here, can be read.
+    for system in ("linux", "darwin", "win32"):
+        for python in (PYTHONS[0], PYTHONS[-1]):
+            session.run("mypy", "--platform", system, "--python-version", python, "src")
     # It looks at what is installed, in the active environment only, and must not find the checkout.
     with tempfile.TemporaryDirectory() as away, session.chdir(away):
         session.run("pyright", "--ignoreexternal", "--verifytypes", "aioserve")
