@@ -38,8 +38,8 @@ from aioserve._engine import Engine
 from aioserve._errors import StartupError, StartupInterruptedError
 from aioserve._functions import AsyncBlock, with_options
 from aioserve._log import logger
+from aioserve._net.acceptor import acceptors
 from aioserve._net.listeners import Listener
-from aioserve._net.loops import choose_acceptor
 from aioserve._options import App, Options
 from aioserve._server import Server, ServerHandle
 from aioserve._settings import Settings, parse
@@ -210,7 +210,12 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
         with signals:  # a signal interrupts the import
             load_config(settings.config, settings.ssl, settings.app_dir)
         signals.take_back()
-        server = Server(Engine(settings, listeners, await choose_acceptor()))
+        acceptor = acceptors.get(type(asyncio.get_running_loop()))
+        if acceptor is None:
+            from aioserve._net.loops import choose_acceptor  # only for other loops than asyncio's
+
+            acceptor = await choose_acceptor()
+        server = Server(Engine(settings, listeners, acceptor))
         server._engine.start()
     except BaseException as exc:
         for listener in listeners:

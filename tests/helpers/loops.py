@@ -20,4 +20,11 @@ class WithoutAccepting(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
-without_accepting = WithoutAccepting
+class WithoutServers(WithoutAccepting):
+    """A loop that cannot serve at all."""
+
+    async def create_server(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+
+without_accepting, without_servers = WithoutAccepting, WithoutServers

@@ -19,16 +19,18 @@ import sys
 from array import array
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioserve import _limits
 from aioserve._errors import describe_error
 from aioserve._log import logger
 from aioserve._net import forks
-from aioserve._net.handshakes import Handshake, start_tls
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import FlushWatch, has_unsent, idle_time, queue_length, send_without_delay
 from aioserve._waiting import start_task
+
+if TYPE_CHECKING:
+    from aioserve._net.handshakes import Handshake
 
 # What accept() says of one connection that is gone already (accept(2), on Linux).
 _GONE = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
@@ -46,7 +48,6 @@ class Acceptor:
     has_rest: bool = False
     """Whether connections wait in the queues of sockets that are about to close."""
     _watch: type[FlushWatch] = FlushWatch
-    _is_used: bool = False
 
     def __init__(
         self,
@@ -60,7 +61,6 @@ class Acceptor:
         self.sockets: tuple[socket.socket, ...] = tuple(listener.socket for listener in listeners)
         self.pending: set[asyncio.Task[object]] = set()
         """The connections that are accepted and not made yet: with TLS, those in their handshake."""
-
         self._listeners = list(listeners)
         self._reserve = _Reserve()
         self._raw_transports: dict[asyncio.BaseTransport, asyncio.Transport] = {}
@@ -81,15 +81,15 @@ class Acceptor:
 
     async def start(self, context: contextvars.Context) -> None:
         """Listen, and accept; connections get a copy of the context. An `OSError` says where it cannot listen."""
+        self._listen(context)
+        for listener in self._listeners:
+            context.run(self._add_reader, listener)
+
+    def _listen(self, context: contextvars.Context) -> None:
         for listener in self._listeners:
             listener.listen(self._backlog)
         self._serving = True
         self._context = context
-        await self._start_accepting()
-
-    async def _start_accepting(self) -> None:
-        for listener in self._listeners:
-            self._context.run(self._add_reader, listener)
 
     def _add_reader(self, listener: Listener) -> None:
         # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
@@ -253,13 +253,15 @@ class Acceptor:
         task.add_done_callback(self._made)
 
     async def _connect_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        from aioserve._net.handshakes import Handshake  # only where it is needed
+
         raw, handshake = await self._loop.connect_accepted_socket(Handshake, connection)
         await self._shake_hands(raw, handshake, context)
 
     async def _shake_hands(self, raw: asyncio.Transport, handshake: Handshake, context: ssl.SSLContext) -> None:
         self._handshakes[asyncio.current_task()] = raw  # type: ignore[index]
         try:
-            transport = await start_tls(raw, handshake, context)
+            transport = await handshake.start_tls(raw, context)
         except BaseException:
             if self._loop.is_closed():
                 return  # this is garbage, and asyncio has tried to call the loop
@@ -284,6 +286,10 @@ class Acceptor:
         logger.error("cannot accept: %s; trying again in %g second", exc.strerror, _limits.ACCEPT_RETRY)
         self._loop.remove_reader(listener.socket.fileno())
         self._retries[listener] = self._loop.call_later(_limits.ACCEPT_RETRY, self._add_reader, listener)
+
+
+acceptors: dict[type[asyncio.AbstractEventLoop], type[Acceptor]] = {asyncio.SelectorEventLoop: Acceptor}
+"""What accepts connections on loops of a class; `loops.py` tries others."""
 
 
 class _Reserve:

@@ -15,16 +15,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def start_tls(raw: Any, handshake: Handshake, context: ssl.SSLContext) -> asyncio.Transport:
-    """Do the handshake on a raw transport, whose protocol is the handshake; return the TLS transport."""
-    loop = asyncio.get_running_loop()
-    raw.pause_reading()
-    starting = loop.start_tls(raw, handshake, context, server_side=True)
-    transport = await _after_first_step(starting, lambda: loop.call_soon(handshake.pass_on, raw))
-    assert transport is not None
-    return transport
-
-
 class Handshake(asyncio.Protocol):
     """
     The protocol of a TLS connection until its handshake is complete.
@@ -40,7 +30,16 @@ class Handshake(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
 
-    def pass_on(self, raw: Any) -> None:
+    async def start_tls(self, raw: Any, context: ssl.SSLContext) -> asyncio.Transport:
+        """Do the handshake on a raw transport, whose protocol this is; return the TLS transport."""
+        loop = asyncio.get_running_loop()
+        raw.pause_reading()
+        starting = loop.start_tls(raw, self, context, server_side=True)
+        transport = await _after_first_step(starting, lambda: loop.call_soon(self._pass_on, raw))
+        assert transport is not None
+        return transport
+
+    def _pass_on(self, raw: Any) -> None:
         """Give what has arrived on the raw transport to TLS, as a transport does: by its buffer."""
         received, self._received = self._received, bytearray()
         protocol = raw.get_protocol()  # None where the client is gone

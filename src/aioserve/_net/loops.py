@@ -7,10 +7,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from aioserve._net.acceptor import Acceptor
-
-_acceptors: dict[type[asyncio.AbstractEventLoop], type[Acceptor]] = {asyncio.SelectorEventLoop: Acceptor}
-"""Those of the classes of loops that have been tried."""
+from aioserve._net.acceptor import Acceptor, acceptors
 
 
 async def choose_acceptor() -> type[Acceptor]:
@@ -20,10 +17,10 @@ async def choose_acceptor() -> type[Acceptor]:
     A `RuntimeError` says what the loop lacks. (Some loops have a method, and raise in it.)
     """
     kind = type(asyncio.get_running_loop())
-    if kind not in _acceptors:
+    if kind not in acceptors:
         try:
             await _try_readers()
-            _acceptors[kind] = Acceptor
+            acceptors[kind] = Acceptor
         except NotImplementedError:
             from aioserve._net.portable import PortableAcceptor  # only where it is needed
 
@@ -34,8 +31,8 @@ async def choose_acceptor() -> type[Acceptor]:
                     "aioserve needs an event loop with add_reader() and connect_accepted_socket(), or with "
                     f"create_server(), and {kind.__module__}.{kind.__qualname__} has neither"
                 ) from None
-            _acceptors[kind] = PortableAcceptor
-    return _acceptors[kind]
+            acceptors[kind] = PortableAcceptor
+    return acceptors[kind]
 
 
 async def _try_readers() -> None:

@@ -10,6 +10,7 @@ closes may get a reset.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 from typing import Any
 
@@ -44,9 +45,10 @@ class PortableAcceptor(Acceptor):
     _watch = _FlushLook
     _servers: tuple[asyncio.Server, ...] = ()
 
-    async def _start_accepting(self) -> None:
+    async def start(self, context: contextvars.Context) -> None:
+        self._listen(context)
         # In a task, which is how a coroutine gets another context, and is not cancelled in the middle.
-        starting = self._loop.create_task(self._create_servers(), context=self._context)
+        starting = self._loop.create_task(self._create_servers(), context=context)
         cancellation = await outlast(starting.done, lambda: asyncio.wait({starting}), lambda: None)
         starting.result()
         if cancellation is not None:
