@@ -30,7 +30,8 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
         task._log_destroy_pending = False
     else:
         let_die_quietly(task := loop.create_task(coroutine, name=name))
-    return task  # type: ignore[no-any-return]
+    made: asyncio.Task[T] = task
+    return made
 
 
 def let_die_quietly(task: asyncio.Task[Any]) -> None:

@@ -27,7 +27,7 @@ from aioserve._net.listeners import Listener
 from aioserve._net.loops import choose_acceptor
 from aioserve._options import Options
 from aioserve._process import messages
-from aioserve._process.spawn import check_interpreter, open_pidfd, spawn
+from aioserve._process.spawn import check_interpreter, has_exit_code, open_pidfd, spawn
 from aioserve._server import ServerHandle
 from aioserve._server_task import ServerTask
 from aioserve._serving import ServingContext, bind, serving, wait_started
@@ -218,10 +218,7 @@ class ChildProcess(ServerTask):
         if self._pidfd is not None:
             self._read()
         self._kill_group()  # its own children
-        with suppress(ChildProcessError):  # SIGCHLD is ignored, so the system has thrown its exit code away
-            if sys.platform != "win32" and self.process.returncode is None:
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-            self.has_exit_code = True
+        self.has_exit_code = self.process.returncode is not None or has_exit_code(self.process.pid)
         self.process.wait()
         if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)

@@ -30,6 +30,17 @@ def check_interpreter() -> None:
     raise RuntimeError(f"serving_process() cannot start a child process: {why}; serve the app in this process")
 
 
+def has_exit_code(pid: int) -> bool:
+    """Whether the system has the exit code of a child that has ended: it throws it away where SIGCHLD is ignored."""
+    if sys.platform == "win32" or (sys.platform == "darwin" and sys.version_info < (3, 13)):
+        return True  # it cannot be asked
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def open_pidfd(pid: int) -> int | None:
     """Open a descriptor that tells when the child ends; without one, it has ended when its pipe has."""
     if sys.platform == "linux":
@@ -60,7 +71,8 @@ def spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[bytes
         childs_lifeline, lifeline = os.pipe()
         undo.callback(os.close, lifeline)
         childs.callback(os.close, childs_lifeline)
-        os.set_blocking(events, False)
+        if sys.platform != "win32":  # where none is started
+            os.set_blocking(events, False)
 
         fds = (file.fileno(), childs_events, childs_lifeline)
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
