@@ -210,11 +210,12 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
         with signals:  # a signal interrupts the import
             load_config(settings.config, settings.ssl, settings.app_dir)
         signals.take_back()
-        acceptor = acceptors.get(type(asyncio.get_running_loop()))
+        has_tls = settings.config.ssl is not None
+        acceptor = acceptors.get((type(asyncio.get_running_loop()), has_tls))
         if acceptor is None:
             from aioserve._net.loops import choose_acceptor  # only for other loops than asyncio's
 
-            acceptor = await choose_acceptor()
+            acceptor = await choose_acceptor(tls=has_tls)
         server = Server(Engine(settings, listeners, acceptor))
         server._engine.start()
     except BaseException as exc:

@@ -560,10 +560,11 @@ def test_unknown_host_is_reported_in_one_line() -> None:
             "--loop quick: choose auto, asyncio, uvloop, zuvloop, rloop, winloop, or a factory like module:factory",
         ),
         (
-            "tests.helpers.loops:without_servers",
+            "tests.helpers.loops:without_accepting",
             (
-                "--loop tests.helpers.loops:without_servers: aioserve needs an event loop with add_reader() and "
-                "connect_accepted_socket(), or with create_server(), and tests.helpers.loops.WithoutServers has neither"
+                "--loop tests.helpers.loops:without_accepting: aioserve needs an event loop with add_reader() and "
+                "connect_accepted_socket(), or with create_server(), and with set_protocol() in its transports; "
+                "tests.helpers.loops.WithoutAccepting has not"
             ),
         ),
     ],

@@ -288,8 +288,11 @@ class Acceptor:
         self._retries[listener] = self._loop.call_later(_limits.ACCEPT_RETRY, self._add_reader, listener)
 
 
-acceptors: dict[type[asyncio.AbstractEventLoop], type[Acceptor]] = {asyncio.SelectorEventLoop: Acceptor}
-"""What accepts connections on loops of a class; `loops.py` tries others."""
+acceptors: dict[tuple[type[asyncio.AbstractEventLoop], bool], type[Acceptor]] = {
+    (asyncio.SelectorEventLoop, False): Acceptor,
+    (asyncio.SelectorEventLoop, True): Acceptor,
+}
+"""What accepts connections on loops of a class, without TLS and with it; `loops.py` tries others."""
 
 
 class _Reserve:

@@ -35,7 +35,7 @@ class Handshake(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         raw.pause_reading()
         starting = loop.start_tls(raw, self, context, server_side=True)
-        transport = await _after_first_step(starting, lambda: loop.call_soon(self._pass_on, raw))
+        transport = await after_first_step(starting, lambda: loop.call_soon(self._pass_on, raw))
         assert transport is not None
         return transport
 
@@ -62,7 +62,7 @@ class Handshake(asyncio.Protocol):
 
 
 @types.coroutine
-def _after_first_step(coroutine: Coroutine[Any, Any, T], act: Callable[[], object]) -> Generator[Any, Any, T]:
+def after_first_step(coroutine: Coroutine[Any, Any, T], act: Callable[[], object]) -> Generator[Any, Any, T]:
     """Await a coroutine, and act right after its first step, before the loop turns."""
     try:
         awaited = coroutine.send(None)

@@ -72,7 +72,7 @@ def run(
         try:
             runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory(loop)))
             if loop not in _KNOWN_LOOPS:
-                runner.run(choose_acceptor())
+                runner.run(choose_acceptor(tls=settings.config.is_ssl))
         except Exception as exc:  # noqa: BLE001 (anything can be in a factory)
             on_event(messages.failed(StartupError(f"--loop {loop}: {_why_no_loop(exc)}")))
             return NOT_STARTED
