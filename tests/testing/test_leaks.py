@@ -193,6 +193,33 @@ for leaves in ("nothing", "a pipe", "a byte in a pipe"):
             code, err = running.end()
         assert (code, running.said, err) == (0, ["nothing 0", "a pipe 2", "a byte in a pipe 2"], "")
 
+    @pytest.mark.parametrize("package", ["winloop", "zuvloop", "another"])
+    def test_pipe_of_another_libuv_is_no_leak(self, package: str) -> None:
+        """Each of these packages has one beside uvloop's; here it is made by hand, and a second one is a leak."""
+        program = f"""
+import asyncio, os, sys, uvloop
+from aioserve.testing import assert_nothing_left
+
+def keep():
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+
+sys.modules[{package!r}] = os
+for _ in range(2):
+    try:
+        with assert_nothing_left():
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(asyncio.sleep(0))
+            keep()
+    except AssertionError as exc:
+        print(str(exc).count("a pipe"))
+    else:
+        print(0)
+"""
+        with Program("-c", program) as running:
+            code, err = running.end()
+        assert (code, running.said, err) == (0, ["2", "2"] if package == "another" else ["0", "2"], "")
+
     def test_whole_program_leaves_nothing(self) -> None:
         """Here the threads of the loop's pool have to end, and do."""
 

@@ -130,7 +130,7 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return the open descriptors with a description of each, without those that uvloop keeps; none on Windows."""
+    """Return the open descriptors with a description of each, without those that libuv keeps; none on Windows."""
     found: dict[int, str] = {}
     if sys.platform == "win32":
         return found
@@ -138,18 +138,20 @@ def open_descriptors() -> dict[int, str]:
         with suppress(OSError):  # the one that was used to list the directory
             if (what := _describe(number)) != os.devnull:
                 found[number] = what
-    for number in _lock_of_uvloop([number for number, what in found.items() if what == "a pipe"]):
+    for number in _locks_of_libuv([number for number, what in found.items() if what == "a pipe"]):
         del found[number]
     return found
 
 
-def _lock_of_uvloop(pipes: list[int]) -> list[int]:
+def _locks_of_libuv(pipes: list[int]) -> list[int]:
     """
-    Return the two ends of the pipe that uvloop keeps from its first loop on, if it is among these.
+    Return the two ends of the pipe that uvloop keeps from its first loop on, if it is among these; of others as well.
 
-    libuv has it as a lock for its signal handlers. While nobody holds the lock, one byte waits in it.
+    libuv has it as a lock for its signal handlers. While nobody holds the lock, one byte waits in it. Each of these
+    packages has a libuv of its own.
     """
-    if sys.platform == "win32" or "uvloop" not in sys.modules:
+    packages = sys.modules.keys() & {"uvloop", "winloop", "zuvloop"}
+    if sys.platform == "win32" or not packages:
         return []
     import fcntl
     import termios
@@ -157,13 +159,14 @@ def _lock_of_uvloop(pipes: list[int]) -> list[int]:
     def is_end(number: int, kind: int) -> bool:
         return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == kind
 
+    locks: list[int] = []
     one = (1).to_bytes(4, sys.byteorder)
     for reading in pipes:
         if is_end(reading, os.O_RDONLY) and fcntl.ioctl(reading, termios.FIONREAD, bytes(4)) == one:
             for writing in pipes:  # both ends are in this process, and were opened one after the other
                 if writing > reading and is_end(writing, os.O_WRONLY) and os.path.sameopenfile(reading, writing):
-                    return [reading, writing]
-    return []
+                    locks += [reading, writing]
+    return locks[: 2 * len(packages)]
 
 
 def _describe(descriptor: int) -> str:
