@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from websockets.asyncio.client import connect as connect_websocket
 
 from aioserve import Server, serving
 from aioserve._net import loops
-from aioserve._net.acceptor import Acceptor
+from aioserve._net.acceptor import Acceptor, acceptors
 from aioserve._net.loops import choose_acceptor
 from aioserve._net.portable import PortableAcceptor
 from aioserve.testing.leaks import open_descriptors
@@ -51,9 +51,13 @@ def on(*makes: Callable[[], asyncio.AbstractEventLoop]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+def untried() -> Iterator[None]:
     """Let no loop have been tried, not even asyncio's."""
-    monkeypatch.setattr(loops, "_acceptors", {})
+    before = acceptors.copy()
+    acceptors.clear()
+    yield
+    acceptors.clear()
+    acceptors.update(before)
 
 
 async def never(server: Server) -> None:
@@ -128,7 +132,7 @@ async def test_trial_that_is_cancelled_leaves_no_descriptor(untried: None, caplo
         await asyncio.wait({trying})
         await turns()
         assert open_descriptors() == before, count
-        loops._acceptors.clear()
+        acceptors.clear()
     assert caplog.records == []
 
 
