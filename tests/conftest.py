@@ -85,6 +85,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("loop_name", metafunc.config.getoption("--loop") or DEFAULT_LOOPS)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what loops without `add_reader()` do not promise, with the reason."""
+    mark, callspec = item.get_closest_marker("not_portable"), getattr(item, "callspec", None)
+    if mark is not None and callspec is not None and callspec.params.get("loop_name") == "portable":
+        pytest.skip(*mark.args)
+
+
 @pytest.fixture
 def anyio_backend(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
     """Choose the loop for anyio's plugin."""

@@ -19,6 +19,7 @@ from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import has_answered_since
 from aioserve._uvicorn.disconnect import refuse
 from aioserve._uvicorn.protocols import ConnectionState
+from aioserve._waiting import after_turns
 
 
 class Closer:
@@ -152,7 +153,11 @@ class Closer:
 
     def abort(self, connection: Any) -> None:
         # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.15).
-        self._acceptor.raw_transport(connection.transport).abort()
+        raw = self._acceptor.raw_transport(connection.transport)
+        if self._acceptor.is_portable and connection.transport.is_closing():
+            after_turns(2, raw.abort)  # the loop has begun to send the answer, and sends the rest of it in two turns
+        else:
+            raw.abort()
 
     def drop(self) -> None:
         """Linger no longer, and on no more connections."""

@@ -21,6 +21,7 @@ from aioserve import (
     testing,
 )
 from tests.attacks.apps import UnreadableError
+from tests.helpers import not_portable
 from tests.helpers.apps import App, AppError
 from tests.helpers.clients import connect, get
 from tests.helpers.processes import asking, linux_only
@@ -235,6 +236,7 @@ DESCRIBED = DESCRIPTIONS[UnreadableError]
     [("unreadable_at_startup", {}), ("unreadable_factory", {"factory": True})],
     ids=["startup", "factory"],
 )
+@not_portable.child_processes
 async def test_odd_exception_at_the_start_of_a_child_process_is_a_startup_error(
     app: str, options: dict[str, Any]
 ) -> None:
@@ -247,6 +249,7 @@ async def test_odd_exception_at_the_start_of_a_child_process_is_a_startup_error(
 
 
 @linux_only
+@not_portable.child_processes
 async def test_odd_exception_in_a_child_process_that_serves_is_a_crash() -> None:
     """It cancels the body here."""
     async with asyncio.timeout(20):
@@ -257,6 +260,7 @@ async def test_odd_exception_in_a_child_process_that_serves_is_a_crash() -> None
 
 
 @linux_only
+@not_portable.child_processes
 async def test_odd_exception_at_the_shutdown_of_a_child_process_is_a_shutdown_error() -> None:
     """The block has ended normally."""
     async with asyncio.timeout(20):

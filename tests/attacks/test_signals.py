@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from aioserve import Server, ServerCrashedError, serving, serving_process
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import connect
 from tests.helpers.processes import TALKING, asking, linux_only
@@ -125,6 +126,7 @@ async def test_crash_is_not_logged_where_the_block_can_be_cancelled(caplog: pyte
 
 
 @linux_only
+@not_portable.child_processes
 async def test_crash_of_a_child_process_is_logged_where_the_block_has_lost_its_task(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -140,6 +142,7 @@ async def test_crash_of_a_child_process_is_logged_where_the_block_has_lost_its_t
 
 
 @linux_only
+@not_portable.child_processes
 async def test_stop_signal_closes_a_child_process_whose_block_has_lost_its_task(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

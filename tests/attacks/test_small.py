@@ -26,6 +26,7 @@ from aioserve import ServerCrashedError, _limits, serving, serving_process, star
 from aioserve._net import forks
 from aioserve._shutdown import Shutdown
 from aioserve._waiting import Condition
+from tests.helpers import not_portable
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import PIPELINING, REQUEST, connect
 from tests.helpers.processes import TALKING, is_free, linux_only
@@ -128,6 +129,7 @@ async def test_traceback_of_a_crash_does_not_grow_with_each_wait() -> None:
 
 
 @linux_only
+@not_portable.child_processes
 async def test_child_process_starts_where_the_search_path_has_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's import ignores what is no string, and so does the child."""
     odd: list[Any] = [b"/tmp", None, *sys.path, b"\xff"]
@@ -175,6 +177,7 @@ def is_over(client: socket.socket) -> bool:
         return False
 
 
+@not_portable.loop_accepts
 async def test_connection_for_which_the_task_factory_raises_is_closed() -> None:
     """Its client sees that; the error is the loop's to tell, and the server goes on."""
     failing = Failing()
@@ -253,6 +256,7 @@ async def test_lent_socket_that_is_set_to_blocking_does_not_stall_two_servers() 
                 assert one.stats.served + other.stats.served == count
 
 
+@not_portable.loop_accepts
 async def test_lent_socket_that_is_set_to_blocking_does_not_stall_after_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -277,6 +281,7 @@ async def test_lent_socket_that_is_set_to_blocking_does_not_stall_after_a_pause(
         assert stalls.count == 0
 
 
+@not_portable.loop_accepts
 async def test_lent_socket_that_is_set_to_blocking_does_not_stall_where_its_owner_accepts_first() -> None:
     """The owner's accept() takes the connection in the same turn of the loop."""
 

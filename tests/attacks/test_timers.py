@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from aioserve import Server, _limits, serving, serving_process, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import PIPELINING, connect
 from tests.helpers.processes import TALKING, asking, linux_only
@@ -60,6 +61,7 @@ async def test_closes_below_a_millisecond_in_several_turns_end_the_server() -> N
 
 @linux_only
 @pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+@not_portable.child_processes
 async def test_shortest_of_several_closes_of_a_child_process_counts(
     times: list[float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

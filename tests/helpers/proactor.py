@@ -12,6 +12,7 @@ import asyncio
 import errno
 import functools
 import os
+import select
 import selectors
 import socket
 from asyncio.proactor_events import BaseProactorEventLoop
@@ -86,6 +87,8 @@ class SelectorProactor:
 
     def accept(self, listener: socket.socket) -> Operation:
         def act() -> tuple[socket.socket, Any]:
+            if not select.select([listener], (), (), 0)[0]:
+                raise BlockingIOError  # somebody else has taken it; on Windows, no accept() blocks
             number, address = listener._accept()  # type: ignore[attr-defined]  # as `socket.accept()` does
             # Made with a family alone, as on Windows.
             conn = socket.socket(listener.family, socket.SOCK_STREAM, 0, fileno=number)

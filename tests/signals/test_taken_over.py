@@ -17,6 +17,7 @@ import pytest
 from aioserve import serving_process
 from aioserve._signals import Signals
 from tests.conftest import LOOPS
+from tests.helpers import not_portable
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.ways import WAYS, Way
 
@@ -69,6 +70,7 @@ async def closing(server: Any) -> None:
     server.close()
 
 
+@not_portable.loops_signals
 async def test_warning_names_the_callback_that_was_given_to_the_loop(
     calls: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -114,6 +116,7 @@ async def test_handler_that_the_app_has_put_back_is_no_reason_for_a_warning(
     assert calls == []
 
 
+@not_portable.child_processes
 async def test_program_that_starts_a_child_process_gets_the_same_warning(
     calls: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from aioserve import _signals, serve, serving
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import connect, get
 from tests.helpers.ways import WAYS, Way
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@not_portable.loops_signals
 async def test_signal_that_the_loop_already_handles_is_refused(way: Way, calls: list[str]) -> None:
     """And none of the other signals is handled."""
     loop = asyncio.get_running_loop()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from aioserve import serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.programs import Program
 
@@ -114,6 +115,7 @@ async def test_wakeup_descriptor_of_somebody_else_is_left_alone(calls: list[str]
     ours.close()
 
 
+@not_portable.loops_signals
 async def test_signal_handlers_of_the_loop_work_during_and_after_a_server(calls: list[str]) -> None:
     """asyncio's loop sets its wake-up descriptor with its first handler, and unsets it with its last."""
     loop = asyncio.get_running_loop()

@@ -35,7 +35,8 @@ async def test_lent_sockets_stay_open_with_their_queue(families: list[socket.Add
         async with serving(App(), sockets=lent) as again:
             assert again.url == server.url
             clients = stack.enter_context(burst(again))
-        assert again.stats.served == 0 or loop_name == "uvloop"  # which polls its sockets before it runs callbacks
+        # uvloop polls its sockets before it runs callbacks, and a portable loop always has an accept() under way.
+        assert again.stats.served == 0 or loop_name in ("uvloop", "portable")
         async with serving(App(), sockets=lent) as last:
             while again.stats.served + last.stats.served < BURST:
                 await asyncio.sleep(0)

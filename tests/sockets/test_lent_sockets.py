@@ -20,6 +20,7 @@ import pytest
 import uvicorn
 
 from aioserve import StartupError, serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import get
 
@@ -58,6 +59,10 @@ def abstract() -> socket.socket:
 
 
 KINDS = [tcp4, tcp6, dual_stack, unix, abstract]
+
+kinds = pytest.mark.parametrize(
+    "kind", [*KINDS[:3], *(pytest.param(kind, marks=not_portable.unix_sockets) for kind in KINDS[3:])]
+)
 
 
 Kind = Callable[[], socket.socket]
@@ -103,7 +108,7 @@ async def ask(url: str) -> str:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("listening", [True, False], ids=["listening", "bound only"])
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 async def test_lent_socket_is_served_and_stays_open(kind: Kind, listening: bool, way: Any) -> None:
     """In its place, and non-blocking: to restore "blocking" would freeze another owner's loop."""
     with lending(kind) as sock:
@@ -119,7 +124,7 @@ async def test_lent_socket_is_served_and_stays_open(kind: Kind, listening: bool,
                 pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 async def test_connection_of_a_lent_socket_has_tcp_nodelay(kind: Kind) -> None:
     """Whatever the protocol number of the lent socket: otherwise kept-alive answers took 40 ms."""
     with lending(kind) as sock:
@@ -135,6 +140,7 @@ async def test_connection_of_a_lent_socket_has_tcp_nodelay(kind: Kind) -> None:
                 client.close()
 
 
+@not_portable.unix_sockets
 async def test_lent_sockets_of_every_kind_are_served_at_once() -> None:
     """Each has a URL of its own; host and port are those of the first one."""
     with contextlib.ExitStack() as stack:
@@ -163,6 +169,7 @@ async def test_descriptor_of_a_uvicorn_config_is_served() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("app", [lambda: App("raises"), lambda: "tests.helpers.broken_module:app"])
+@not_portable.unix_sockets
 async def test_lent_socket_stays_open_when_the_start_fails(app: Callable[[], Any], way: Any) -> None:
     """It belongs to its owner."""
     with lending(unix) as sock:

@@ -14,10 +14,13 @@ import pytest
 
 from aioserve import StartupError, serving, start
 from aioserve._net import systemd as _systemd
+from tests.helpers import not_portable
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import get
 from tests.helpers.programs import Program
 from tests.helpers.systemd import FOR_ANOTHER, messages_of, notifications
+
+pytestmark = not_portable.systemd
 
 
 def bound() -> socket.socket:

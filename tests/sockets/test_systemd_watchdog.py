@@ -14,12 +14,15 @@ import time
 import pytest
 
 from aioserve import serving, serving_process, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import connect
 from tests.helpers.processes import TALKING, linux_only
 from tests.helpers.programs import Program
 from tests.helpers.systemd import FOR_ANOTHER, messages_of, notifications
 from tests.helpers.turns import MOMENT
+
+pytestmark = not_portable.systemd
 
 ALIVE = b"WATCHDOG=1"
 

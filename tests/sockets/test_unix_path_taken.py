@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 
 from aioserve import serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.privileges import unprivileged
 from tests.helpers.unix import alive, answers, identity, make_stale, serve_once
+
+pytestmark = not_portable.unix_sockets
 
 
 def alive_and_full(path: str, stack: contextlib.ExitStack) -> None:

@@ -20,9 +20,12 @@ from typing import Any
 import pytest
 
 from aioserve import serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.privileges import unprivileged
 from tests.helpers.processes import linux_only
+
+pytestmark = not_portable.unix_sockets
 
 PR_SET_DUMPABLE = 4  # of sys/prctl.h
 

@@ -24,9 +24,12 @@ import pytest
 from aioserve import serving, start
 from aioserve._net import unix as _unix
 from tests.conftest import WARNINGS_ARE_ERRORS
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.privileges import unprivileged
 from tests.helpers.unix import alive, answers, connect, identity, make_stale, serve_once
+
+pytestmark = not_portable.unix_sockets
 
 STARTER = """
 import asyncio, socket, sys, time

@@ -20,11 +20,14 @@ import pytest
 from aioserve import Server, ServerCrashedError, StartupError, serving, serving_process, start
 from aioserve._net import acceptor as _acceptor
 from aioserve._net import unix
+from tests.helpers import not_portable
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.processes import linux_only
 from tests.helpers.turns import after, turns
 from tests.helpers.unix import REQUEST, alive, answers, connect, identity, make_stale, serve_once
 from tests.helpers.ways import WAYS, Way
+
+pytestmark = not_portable.unix_sockets
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -19,8 +19,11 @@ import uvicorn
 import websockets
 
 from aioserve import serving
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.unix import REQUEST, answers
+
+pytestmark = not_portable.unix_sockets
 
 
 async def test_server_answers_at_its_unix_path(path: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from aioserve import Server, StartupError, serving, serving_process, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import get
 from tests.helpers.processes import linux_only
@@ -272,6 +273,7 @@ async def app(scope, receive, send):
 
 @linux_only
 @pytest.mark.parametrize("kind", ["port", "uds"])
+@not_portable.child_processes
 async def test_child_process_listens_when_its_app_has_started(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +302,7 @@ async def test_child_process_listens_when_its_app_has_started(
 
 
 @linux_only
+@not_portable.child_processes
 async def test_child_process_that_cannot_listen_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

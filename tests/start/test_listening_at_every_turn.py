@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from aioserve import StartupError
+from tests.helpers import not_portable
 from tests.helpers import walk as walk_module
 from tests.helpers.walk import WAYS, Interruption, Run, by_scope, natively, undisturbed, walk
 
@@ -120,6 +121,7 @@ async def by_cancelling_its_own_task(run: Run, turn: int) -> bool:
 @pytest.mark.parametrize(
     "interrupt", [natively, by_scope, by_closing, by_cancelling_its_own_task], ids=lambda each: each.__name__
 )
+@not_portable.unix_sockets
 async def test_start_at_a_unix_path_can_be_interrupted_at_every_turn(
     way: str, interrupt: Interruption, tmp_path: Path, record_property: Record
 ) -> None:

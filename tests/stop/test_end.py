@@ -117,6 +117,8 @@ async def test_crash_during_the_stop_is_a_shutdown_error() -> None:
     with pytest.raises(ShutdownError) as caught:
         async with serving(app) as server:
             server.close()
-            app.crash.set()
+            while not server._engine.lifespan._shutdown.is_set():
+                await asyncio.sleep(0)
+            app.crash.set()  # before the app has received that message
 
     assert caught.value.__cause__ is app.error

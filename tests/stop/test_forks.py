@@ -22,6 +22,7 @@ import pytest
 
 from aioserve import serving, start
 from aioserve._net import forks, unix
+from tests.helpers import not_portable
 from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import REQUEST, UPGRADE, connect, connect_tls, get
 from tests.helpers.forking import in_child, in_thread, open_at
@@ -29,7 +30,7 @@ from tests.helpers.processes import is_free, linux_only
 from tests.helpers.turns import MOMENT, turns
 from tests.helpers.unix import answers, make_stale
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"), not_portable.forks]
 
 
 class Forker(App):

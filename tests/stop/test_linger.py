@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
 from aioserve import Server, serving
+from tests.helpers import not_portable
 from tests.helpers.threads import in_thread
 from tests.helpers.turns import turns
 
@@ -84,6 +85,7 @@ async def stop_with_early_answer(server: Server, app: Early, connection: HTTPCon
 
 @pytest.mark.parametrize("size", [2, ANSWER], ids=["small", "big"])
 @pytest.mark.parametrize("http", PROTOCOLS)
+@not_portable.resets
 async def test_early_answer_to_an_upload_arrives_in_a_stop(http: str, size: int) -> None:
     """Its client sends all before it reads."""
     app = Early(size)
@@ -93,6 +95,7 @@ async def test_early_answer_to_an_upload_arrives_in_a_stop(http: str, size: int)
 
 
 @pytest.mark.parametrize("http", PROTOCOLS)
+@not_portable.resets
 async def test_early_answer_that_is_on_its_way_when_the_stop_begins_arrives(http: str) -> None:
     """Nothing is unread at that moment, but the rest of the body is still to come."""
     app = Early(IN_KERNEL)
@@ -139,6 +142,7 @@ async def test_default_timeout_of_sockets_does_not_block_the_loop() -> None:
 
 
 @pytest.mark.parametrize("size", [2, ANSWER], ids=["small", "big"])
+@not_portable.resets
 async def test_early_answer_to_an_upload_over_tls_arrives_in_a_stop(
     size: int, tls: tuple[dict[str, Any], ssl.SSLContext]
 ) -> None:
@@ -160,6 +164,7 @@ class UnixConnection(HTTPConnection):
         self.sock.connect(self.path)
 
 
+@not_portable.unix_sockets
 async def test_early_answer_to_an_upload_on_a_unix_socket_arrives_in_a_stop(tmp_path: Path) -> None:
     app = Early(ANSWER)
     path = str(tmp_path / "app.sock")
@@ -211,6 +216,7 @@ async def test_client_that_is_silent_after_its_early_answer_does_not_hold_the_st
     assert not server.report.was_forced
 
 
+@not_portable.resets
 async def test_force_ends_what_lingers() -> None:
     app = Early(2)
     async with serving(app, shutdown_timeout=None) as server:
@@ -226,7 +232,7 @@ async def test_force_ends_what_lingers() -> None:
 
 
 @pytest.mark.parametrize("ws", ["websockets", "websockets-sansio", "wsproto"])
-@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("encrypted", [False, pytest.param(True, marks=not_portable.resets)], ids=["plain", "TLS"])
 async def test_tail_of_a_websocket_and_its_close_arrive_at_a_client_that_sends(
     ws: str, encrypted: bool, tls: tuple[dict[str, Any], ssl.SSLContext]
 ) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from aioserve import serving
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import connect
 from tests.helpers.processes import linux_only
 from tests.helpers.turns import MOMENT, turns
 
-pytestmark = [pytest.mark.usefixtures("short_grace"), linux_only]
+pytestmark = [pytest.mark.usefixtures("short_grace"), linux_only, not_portable.loop_accepts]
 
 WAITING = 5
 

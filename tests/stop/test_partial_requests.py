@@ -15,6 +15,7 @@ import pytest
 from uvicorn.config import HTTP_PROTOCOLS
 
 from aioserve import Swappable, _limits, serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import PIPELINING, connect, connect_tls
 from tests.helpers.processes import linux_only
@@ -60,6 +61,7 @@ async def test_partial_request_over_tls_does_not_hold_a_stop(tls: Any, monkeypat
     assert not server.report.was_forced
 
 
+@not_portable.unix_sockets
 async def test_partial_request_on_a_unix_socket_does_not_hold_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +117,7 @@ async def test_first_byte_of_a_new_connection_gives_it_the_time_of_a_partial_req
 
 @linux_only
 @pytest.mark.skipif("zttp" not in HTTP_PROTOCOLS, reason="this uvicorn has no zttp")
+@not_portable.unread
 async def test_first_request_of_which_zttp_has_read_a_part_gets_the_time_of_a_partial_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

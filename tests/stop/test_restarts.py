@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trustme
 
+from tests.helpers import not_portable
 from tests.helpers.processes import linux_only
 from tests.helpers.restarting import restart_child_under_load, restart_under_load, roll_under_load
 
@@ -33,6 +34,7 @@ async def test_restarts_under_load_lose_no_request(
     assert counts["refused"] == 0 or where != "lent"
 
 
+@not_portable.child_processes
 async def test_restarts_of_a_child_process_under_load_lose_no_request() -> None:
     counts = await restart_child_under_load(restarts=3, clients=CLIENTS, kind="blocking")
     assert counts["answered"] >= CLIENTS

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from aioserve import _limits, serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import BURST, burst, connect, count_answers
 from tests.helpers.turns import MOMENT, turns
@@ -58,6 +59,7 @@ async def test_requests_in_the_accept_queue_are_answered_in_the_servers_context(
     assert {*seen} == {"the server's"}
 
 
+@not_portable.loop_accepts
 async def test_server_without_free_descriptors_accepts_again_later(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

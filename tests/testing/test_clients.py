@@ -16,6 +16,7 @@ import pytest
 
 from aioserve import testing
 from aioserve.testing import clients
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 
 
@@ -65,6 +66,7 @@ class TestAClient:
                     await client.get(server.url)
 
     @pytest.mark.parametrize("scheme", ["http", "https"])
+    @not_portable.unix_sockets
     async def test_client_can_use_a_unix_socket(self, tmp_path: Path, scheme: str) -> None:
         """With options of httpx, and with TLS."""
         context = testing.tls().server if scheme == "https" else None
@@ -91,6 +93,7 @@ class TestAClient:
             assert isinstance(client, httpx.AsyncClient)
 
     @pytest.mark.parametrize("base", [httpx.AsyncClient, httpx2.AsyncClient])
+    @not_portable.unix_sockets
     async def test_client_is_of_the_class_that_is_asked_for(self, base: type[Any], tmp_path: Path) -> None:
         """Also of one that is derived from it, and for a Unix socket."""
 

@@ -27,7 +27,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 
 import aioserve._uvicorn
-from aioserve import Server, _connections, _engine, _options, serving
+from aioserve import Server, _connections, _engine, _limits, _options, serving
 from aioserve._connections import Connections
 from aioserve._uvicorn.disconnect import refuse
 from aioserve._uvicorn.protocols import connection_state
@@ -252,8 +252,8 @@ async def websocket(ws: str) -> AsyncIterator[tuple[ClientConnection, Any, Any]]
 
 
 async def soon(happened: Callable[[], object]) -> bool:
-    """Return whether it happens within a few turns of the loop, in which everything sent on this machine is read."""
-    for _ in range(50):
+    """Return whether it happens within some turns of the loop, in which everything sent on this machine is read."""
+    for _ in range(_limits.BODY_TURNS + 50):
         if happened():
             return True
         await asyncio.sleep(0)

@@ -69,7 +69,11 @@ class PortableAcceptor(Acceptor):
 
     def _stop_accepting(self) -> None:
         if self._loop.is_running():
-            self._begin(self._stop_after_a_turn())
+            try:
+                self._begin(self._stop_after_a_turn())
+            except BaseException:  # raised by a task factory
+                self._close_servers()
+                raise
         else:
             self._close_servers()
 
