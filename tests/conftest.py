@@ -93,12 +93,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def anyio_backend(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+def anyio_backend(loop_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Choose the loop for anyio's plugin."""
-    if loop_name == "portable":  # where nothing tells what is unread
-        monkeypatch.setattr(transports, "_ask_kernel", lambda raw, request: 0)
-        monkeypatch.setattr(transports, "_tcp_info_fields", lambda sock, layout: None)
-    return "asyncio", LOOPS[loop_name]
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: it has to end before what looks for leaks
+        if loop_name == "portable":  # where nothing tells what is unread
+            patch.setattr(transports, "_ask_kernel", lambda raw, request: 0)
+            patch.setattr(transports, "_tcp_info_fields", lambda sock, layout: None)
+        yield "asyncio", LOOPS[loop_name]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from aioserve import _limits
@@ -83,7 +84,10 @@ class Closer:
         self._graces.begin(connection, seconds)
 
     def _expired(self, connection: Any) -> None:
-        if not self.close_partial(connection) and self.unread(connection):
+        if self._acceptor.is_portable:
+            # What has just arrived is read, and known, in the next turns.
+            after_turns(_limits.SETTLING_TURNS, partial(self.close_partial, connection))
+        elif not self.close_partial(connection) and self.unread(connection):
             self._wait_for_request(connection, _limits.PARTIAL_REQUEST)  # something has just come
 
     def _state_of(self, connection: Any) -> ConnectionState:

@@ -202,6 +202,7 @@ async def test_connection_for_which_the_task_factory_raises_is_closed() -> None:
     assert not server.report.was_forced
 
 
+@not_portable.loop_accepts
 async def test_server_for_whose_last_connection_the_task_factory_raises_leaves_no_socket() -> None:
     failing = Failing()
     with failing.installed():

@@ -69,11 +69,7 @@ class PortableAcceptor(Acceptor):
 
     def _stop_accepting(self) -> None:
         if self._loop.is_running():
-            try:
-                self._begin(self._stop_after_a_turn())
-            except BaseException:  # raised by a task factory
-                self._close_servers()
-                raise
+            self._begin(self._stop_after_a_turn())
         else:
             self._close_servers()
 
