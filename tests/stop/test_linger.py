@@ -232,7 +232,8 @@ async def test_force_ends_what_lingers() -> None:
 
 
 @pytest.mark.parametrize("ws", ["websockets", "websockets-sansio", "wsproto"])
-@pytest.mark.parametrize("encrypted", [False, pytest.param(True, marks=not_portable.resets)], ids=["plain", "TLS"])
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+@not_portable.resets
 async def test_tail_of_a_websocket_and_its_close_arrive_at_a_client_that_sends(
     ws: str, encrypted: bool, tls: tuple[dict[str, Any], ssl.SSLContext]
 ) -> None:

@@ -59,6 +59,38 @@ async def test_requests_in_the_accept_queue_are_answered_in_the_servers_context(
     assert {*seen} == {"the server's"}
 
 
+@pytest.mark.parametrize("stops", [False, True], ids=["serving", "stopping"])
+@pytest.mark.parametrize("loop_name", ["portable"])
+async def test_server_whose_loop_fails_to_accept_accepts_again_later(
+    stops: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio's loop for Windows closes its socket then. Connections wait in the queue, also for a stop."""
+
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+    accept = socket.socket._accept  # type: ignore[attr-defined]
+
+    def fail_once(sock: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(sock)
+
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    async with serving(App()) as server:
+        monkeypatch.setattr(_limits, "ACCEPT_RETRY", 1000 if stops else MOMENT)
+        monkeypatch.setattr(socket.socket, "_accept", fail_once)
+        loop.set_exception_handler(lambda *_: None)
+        async with connect(server) as client:
+            client.ask("/")
+            while failures:
+                await asyncio.sleep(0)
+            loop.set_exception_handler(handler)
+            if stops:
+                await server.aclose()
+            assert (await client.answer()).endswith(b"hello")
+    assert caplog.text.count("cannot accept") == 1
+
+
 @not_portable.loop_accepts
 async def test_server_without_free_descriptors_accepts_again_later(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -12,12 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import socket
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from aioserve import _limits
+from aioserve._log import logger
 from aioserve._net import forks
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.handshakes import Handshake
+from aioserve._net.listeners import Listener
 from aioserve._net.transports import FlushWatch, has_unsent, send_without_delay
 from aioserve._waiting import outlast
 
@@ -56,16 +61,32 @@ class PortableAcceptor(Acceptor):
 
     async def _create_servers(self) -> None:
         for listener in self._listeners:
-            with forks.lock:
-                # The loop closes what it gets, and then we accept what is left in the queue.
-                sock = listener.socket.dup()
-                forks.track(sock)
-            try:
-                server = await self._loop.create_server(lambda: _Arrival(self), sock=sock, backlog=self._backlog)
-            except BaseException:
-                sock.close()
-                raise
+            await self._create_server(listener)
+
+    async def _create_server(self, listener: Listener) -> None:
+        with forks.lock:
+            # The loop closes what it gets, and then we accept what is left in the queue.
+            sock = _LoopsSocket(fileno=listener.socket.dup().detach())
+            forks.track(sock)
+        try:
+            server = await self._loop.create_server(lambda: _Arrival(self), sock=sock, backlog=self._backlog)
+        except BaseException:
+            sock.close()
+            raise
+        if self._serving:
+            sock.on_close = partial(self._accept_later, listener)
             self._servers += (server,)
+        else:
+            server.close()
+
+    def _accept_later(self, listener: Listener) -> None:
+        if self._serving and not self._loop.is_closed():
+            logger.error("cannot accept; trying again in %g second", _limits.ACCEPT_RETRY)
+            self._retries[listener] = self._loop.call_later(_limits.ACCEPT_RETRY, self._accept_again, listener)
+
+    def _accept_again(self, listener: Listener) -> None:
+        if self._serving:
+            self._begin(self._create_server(listener))
 
     def _stop_accepting(self) -> None:
         if self._loop.is_running():
@@ -117,6 +138,18 @@ class PortableAcceptor(Acceptor):
         else:
             raw.pause_reading()
             self._begin(self._shake_hands(raw, arrival, self._ssl))
+
+
+class _LoopsSocket(socket.socket):
+    """What a loop accepts on. asyncio's on Windows closes it at the first error, which can be a client's reset."""
+
+    on_close: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        super().close()
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
 
 
 class _Arrival(Handshake):
