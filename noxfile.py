@@ -38,7 +38,7 @@ def oldest() -> list[str]:
 
 # Tests that run whole programs, which choose their loops and protocols by themselves: they need not be run with each.
 WITHOUT_PROGRAMS = [
-    f"--ignore=tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin")
+    f"--ignore=tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin", "windows")
 ]
 
 # Tests of what a loop has only on Unix, besides.

@@ -93,6 +93,7 @@ def become_windows() -> None:
     for name in HIDDEN_MODULES:
         sys.modules[name] = None  # type: ignore[assignment]  # which makes an import fail
     sysconfig.get_config_vars()  # which it reads once
+    asyncio.set_event_loop(None)  # which makes a policy, once
     ssl.enum_certificates = lambda _: []  # type: ignore[attr-defined]
     signal.SIGBREAK = signal.SIGQUIT  # type: ignore[attr-defined]
     socket.SO_EXCLUSIVEADDRUSE = socket.SO_REUSEADDR  # type: ignore[attr-defined]
