@@ -65,7 +65,7 @@ HIDDEN_NAMES: dict[Any, list[str]] = {
         "O_NOFOLLOW",
         "O_PATH",
     ],
-    select: ["epoll", "poll", "POLLIN", "EPOLLIN"],
+    select: ["epoll", "poll", "POLLIN"],
     signal: [
         "SIGALRM",
         "SIGCHLD",

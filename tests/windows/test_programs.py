@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.helpers.programs import ROOT, Program
 
 BEGINNING = """
@@ -25,7 +26,7 @@ from tests.helpers.apps import without_lifespan as app
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, with warnings as errors."""
-    command = [sys.executable, "-Werror", "-c", BEGINNING + textwrap.dedent(program), *arguments]
+    command = [sys.executable, *WARNINGS_ARE_ERRORS, "-c", BEGINNING + textwrap.dedent(program), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
 
 
