@@ -48,7 +48,10 @@ class PortableAcceptor(Acceptor):
 
     is_portable = True
     _watch = _FlushLook
-    _servers: tuple[asyncio.Server, ...] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._servers: dict[Listener, asyncio.Server] = {}
 
     async def start(self, context: contextvars.Context) -> None:
         self._listen(context)
@@ -73,20 +76,27 @@ class PortableAcceptor(Acceptor):
         except BaseException:
             sock.close()
             raise
-        if self._serving:
-            sock.on_close = partial(self._accept_later, listener)
-            self._servers += (server,)
-        else:
+        if not self._serving:
             server.close()
+        elif sock.fileno() < 0:
+            self._accept_later(listener)
+        else:
+            sock.on_close = partial(self._accept_later, listener)
+            self._servers[listener] = server
 
     def _accept_later(self, listener: Listener) -> None:
         if self._serving and not self._loop.is_closed():
             logger.error("cannot accept; trying again in %g second", _limits.ACCEPT_RETRY)
-            self._retries[listener] = self._loop.call_later(_limits.ACCEPT_RETRY, self._accept_again, listener)
+            self._retries[listener] = self._loop.call_later(
+                _limits.ACCEPT_RETRY, lambda: self._begin(self._accept_again(listener))
+            )
 
-    def _accept_again(self, listener: Listener) -> None:
-        if self._serving:
-            self._begin(self._create_server(listener))
+    async def _accept_again(self, listener: Listener) -> None:
+        try:
+            if self._serving:
+                await self._create_server(listener)
+        except OSError:  # there is still no descriptor
+            self._accept_later(listener)
 
     def _stop_accepting(self) -> None:
         if self._loop.is_running():
@@ -112,15 +122,15 @@ class PortableAcceptor(Acceptor):
 
     def _close_servers(self) -> None:
         if self._servers:
-            servers, self._servers = self._servers, ()
-            for server in servers:
+            servers, self._servers = self._servers, {}
+            for server in servers.values():
                 server.close()
             self._accept_last()
 
     def lose_rest(self) -> int:
-        servers, self._servers = self._servers, ()
+        servers, self._servers = self._servers, {}
         if not self._loop.is_closed():
-            for server in servers:
+            for server in servers.values():
                 server.close()
         return super().lose_rest()
 
