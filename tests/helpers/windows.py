@@ -29,6 +29,7 @@ import fastapi
 import httptools  # noqa: F401
 import httpx
 import pytest  # noqa: F401
+import trio  # noqa: F401
 import trustme  # noqa: F401
 import uvicorn.logging
 import uvicorn.main
@@ -59,7 +60,6 @@ HIDDEN_NAMES: dict[Any, list[str]] = {
         "setpgid",
         "setsid",
         "waitid",
-        "waitpid",
         "O_ACCMODE",
         "O_DIRECTORY",
         "O_NOFOLLOW",
