@@ -121,10 +121,10 @@ class PortableAcceptor(Acceptor):
             self._close_servers()
 
     def _close_servers(self) -> None:
-        if self._servers:
-            servers, self._servers = self._servers, {}
-            for server in servers.values():
-                server.close()
+        servers, self._servers = self._servers, {}
+        for server in servers.values():
+            server.close()
+        if self._listeners and not self.has_rest:
             self._accept_last()
 
     def lose_rest(self) -> int:
