@@ -5,6 +5,7 @@ imported, and gives them asyncio's loop for Windows.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -25,9 +26,10 @@ from tests.helpers.apps import without_lifespan as app
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, with warnings as errors."""
+    """Run a program to its end, with warnings as errors, and without the options of this run of pytest."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     command = [sys.executable, *WARNINGS_ARE_ERRORS, "-c", BEGINNING + textwrap.dedent(program), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)  # noqa: S603
 
 
 def printed(program: str) -> list[str]:
