@@ -392,6 +392,7 @@ def sockets_of(pid: int | str) -> set[str]:
 
 @linux_only
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@not_portable.forks
 async def test_port_is_free_after_the_block_although_a_thread_forks_all_the_time() -> None:
     """No child, of those that live on, has a socket that was being bound when it was forked."""
 
