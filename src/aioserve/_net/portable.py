@@ -156,7 +156,8 @@ class _LoopsSocket(socket.socket):
     on_close: Callable[[], None] | None = None
 
     def close(self) -> None:
-        super().close()
+        with forks.lock:
+            super().close()
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
