@@ -16,6 +16,7 @@ import pytest
 
 from aioserve import StartupError, serving, start
 from aioserve._net import systemd
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import REQUEST, get
 from tests.helpers.programs import Program
@@ -63,6 +64,7 @@ def test_pipe_of_ready_fd_stays_open_while_the_command_serves() -> None:
         assert reader.read() == ""
 
 
+@not_portable.lent_twice
 async def test_descriptor_that_is_served_is_open_after_the_block_and_listens() -> None:
     """A duplicate was used."""
     with socket.create_server(("127.0.0.1", 0)) as lent:
@@ -117,6 +119,7 @@ def inherited(numbers: list[int]) -> list[int]:
     return found
 
 
+@not_portable.systemd
 async def test_children_do_not_inherit_the_sockets_that_systemd_has_passed(passed: list[int]) -> None:
     """A child that lives on would keep the socket in use; this process keeps it for its next server."""
     assert inherited(passed) == passed

@@ -243,6 +243,7 @@ class Stalls:
         self._timer.join()
 
 
+@not_portable.lent_twice
 async def test_lent_socket_that_is_set_to_blocking_does_not_stall_two_servers() -> None:
     """Both see that a connection has come, and one gets it; the other one finds an empty queue."""
     with socket.create_server(("127.0.0.1", 0)) as lent, Stalls(lent) as stalls:

@@ -15,10 +15,15 @@ import os
 import select
 import selectors
 import socket
+import sys
 from asyncio.proactor_events import BaseProactorEventLoop
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
+
+SO_COOKIE = 57  # asm-generic/socket.h; the same for all duplicates of a socket
+REGISTERED: set[bytes] = set()
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -55,6 +60,7 @@ class SelectorProactor:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._registered: WeakSet[socket.socket] = WeakSet()
         self._waiting: dict[tuple[int, int], deque[Operation]] = {}
 
     def set_loop(self, loop: BaseProactorEventLoop) -> None:
@@ -85,7 +91,18 @@ class SelectorProactor:
 
         return self._begin(conn, WRITE, act)
 
+    def _register(self, listener: socket.socket) -> None:
+        """Refuse a duplicate of a socket that was registered: Windows knows them both as one, and takes it once."""
+        if sys.platform == "linux" and listener not in self._registered:
+            self._registered.add(listener)
+            cookie = listener.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+            if cookie in REGISTERED:
+                raise OSError(errno.EINVAL, "The parameter is incorrect")  # its error 87
+            REGISTERED.add(cookie)
+
     def accept(self, listener: socket.socket) -> Operation:
+        self._register(listener)
+
         def act() -> tuple[socket.socket, Any]:
             if not select.select([listener], (), (), 0)[0]:
                 raise BlockingIOError  # somebody else has taken it; on Windows, no accept() blocks
@@ -95,7 +112,13 @@ class SelectorProactor:
             conn.setblocking(False)
             return conn, address
 
-        return self._begin(listener, READ, act)
+        async def accept_coro(future: Operation) -> None:
+            await future
+
+        accept_coro.__qualname__ = "IocpProactor.accept.<locals>.accept_coro"
+        operation = self._begin(listener, READ, act)
+        self.loop.create_task(accept_coro(operation))  # as asyncio does, which cancels the accept with it
+        return operation
 
     def connect(self, conn: socket.socket, address: Any) -> Operation:
         begun = conn.connect_ex(address)

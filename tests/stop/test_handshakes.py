@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from aioserve import _limits, serving, start
+from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.processes import linux_only
 from tests.helpers.threads import in_thread
@@ -27,7 +28,7 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
 
 
 @linux_only
-@pytest.mark.parametrize("lent", [False, True], ids=["own", "lent"])
+@pytest.mark.parametrize("lent", [False, pytest.param(True, marks=not_portable.lent_twice)], ids=["own", "lent"])
 async def test_all_clients_whose_handshakes_are_under_way_are_answered(
     lent: bool, tls: tuple[dict[str, Any], ssl.SSLContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ CLIENTS = 20
 
 @pytest.mark.parametrize("kind", ["fresh", "blocking"])
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
-@pytest.mark.parametrize("where", ["lent", "port", "path"])
+@pytest.mark.parametrize("where", [pytest.param("lent", marks=not_portable.lent_twice), "port", "path"])
 async def test_restarts_under_load_lose_no_request(
     where: str, encrypted: bool, kind: str, tls_options: dict[str, Any], tmp_path: Path, authority: trustme.CA
 ) -> None:
@@ -41,12 +41,14 @@ async def test_restarts_of_a_child_process_under_load_lose_no_request() -> None:
     assert (counts["unanswered"], counts["broken"], counts["stalled"]) == (0, 0, 0)
 
 
+@not_portable.lent_twice
 async def test_kept_alive_clients_see_a_stop_with_a_drain_in_time() -> None:
     counts = await restart_under_load(restarts=RESTARTS, clients=CLIENTS, kind="kept-alive", drain_delay=0.2)
     assert counts["answered"] >= 2 * CLIENTS * RESTARTS
     assert (counts["unanswered"], counts["broken"]) == (0, 0)
 
 
+@not_portable.lent_twice
 async def test_kept_alive_requests_that_cross_the_close_are_not_half_answered() -> None:
     """
     Without a drain, HTTP/1.1 cannot avoid that race; not a byte was answered, so the client can send the request again.

@@ -59,40 +59,40 @@ async def test_requests_in_the_accept_queue_are_answered_in_the_servers_context(
     assert {*seen} == {"the server's"}
 
 
-@pytest.mark.parametrize("stops", [False, True], ids=["serving", "stopping"])
+@pytest.mark.parametrize(("count", "stops"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("loop_name", ["portable"])
-async def test_server_whose_loop_fails_to_accept_accepts_again_later(
-    stops: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_server_whose_loop_fails_to_accept_accepts_again(
+    count: int, stops: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """asyncio's loop for Windows closes its socket then. Connections wait in the queue, also for a stop."""
-    failures = [OSError(errno.EMFILE, "Too many open files")] * (1 if stops else 2)
-    count = len(failures)
-    accept, dup = socket.socket._accept, socket.socket.dup  # type: ignore[attr-defined]
+    """
+    asyncio's loop for Windows gives a socket up then. It is tried at once, and where that fails as well, later.
 
-    def failing(act: Callable[[socket.socket], Any]) -> Callable[[socket.socket], Any]:
-        def fail(sock: socket.socket) -> Any:
-            if failures:
-                raise failures.pop()
-            return act(sock)
+    Connections wait in the queue, also for a stop.
+    """
+    failures = [OSError(errno.ECONNRESET, "Connection reset by peer")] * count
+    accept = socket.socket._accept  # type: ignore[attr-defined]
 
-        return fail
+    def failing(sock: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(sock)
 
     loop = asyncio.get_running_loop()
     handler = loop.get_exception_handler()
     async with serving(App()) as server:
         monkeypatch.setattr(_limits, "ACCEPT_RETRY", 1000 if stops else MOMENT)
-        monkeypatch.setattr(socket.socket, "_accept", failing(accept))
-        monkeypatch.setattr(socket.socket, "dup", failing(dup))
+        monkeypatch.setattr(socket.socket, "_accept", failing)
         loop.set_exception_handler(lambda *_: None)
         async with connect(server) as client:
             client.ask("/")
             while failures:
                 await asyncio.sleep(0)
+            await turns()  # for asyncio to report the last one
             loop.set_exception_handler(handler)
             if stops:
                 await server.aclose()
             assert (await client.answer()).endswith(b"hello")
-    assert caplog.text.count("cannot accept") == count
+    assert ("cannot accept" in caplog.text) == (count > 1)
 
 
 @not_portable.loop_accepts

@@ -91,11 +91,14 @@ class Listener:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.listen(backlog)
         except OSError as exc:
-            where = self._name or _where(self.host or "", self.port or 0)
             hints = {errno.EADDRINUSE: "another server has begun to listen there"}
             if self.lent:
                 hints[errno.EINVAL] = _CONNECTION
-            raise _cannot_listen(where, exc, hints.get(exc.errno or 0)) from exc
+            raise self.error(exc, hints.get(exc.errno or 0)) from exc
+
+    def error(self, exc: OSError, hint: str | None) -> OSError:
+        """Return an error that says where it cannot listen."""
+        return _cannot_listen(self._name or _where(self.host or "", self.port or 0), exc, hint)
 
     def url(self, scheme: str) -> str:
         """Return the URL for clients on this machine: a wildcard becomes loopback, IPv6 is in brackets."""

@@ -11,6 +11,7 @@ from ssl import PROTOCOL_TLS_SERVER, SSLContext
 from typing import Any
 
 from aioserve import _limits
+from aioserve._net import forks
 from aioserve._net.acceptor import Acceptor, acceptors
 from aioserve._net.handshakes import after_first_step
 from aioserve._waiting import outlast
@@ -59,7 +60,10 @@ async def _try_both(loop_name: str, tls: bool) -> type[Acceptor]:
 async def _try_readers(tls: bool) -> bool:
     """Try what `Acceptor` needs, and return whether TLS works as well, if it is asked for."""
     loop = asyncio.get_running_loop()
-    accepted, client = socket.socketpair()
+    with forks.lock:
+        accepted, client = socket.socketpair()
+        for each in (accepted, client):
+            forks.track(each)
     with client:
         accepted.setblocking(False)
         try:

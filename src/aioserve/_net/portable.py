@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -51,7 +52,8 @@ class PortableAcceptor(Acceptor):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._servers: dict[Listener, asyncio.Server] = {}
+        self._servers: dict[Listener, tuple[asyncio.Server, _LoopsSocket]] = {}
+        self._gave_up: dict[Listener, float] = {}  # when the loop has done so, in its time
 
     async def start(self, context: contextvars.Context) -> None:
         self._listen(context)
@@ -64,39 +66,59 @@ class PortableAcceptor(Acceptor):
 
     async def _create_servers(self) -> None:
         for listener in self._listeners:
-            await self._create_server(listener)
+            with forks.lock:
+                # The loop closes what it gets, and then we accept what is left in the queue.
+                sock = _LoopsSocket(fileno=listener.socket.dup().detach())
+                forks.track(sock)
+            try:
+                await self._create_server(listener, sock)
+            except OSError as exc:
+                raise listener.error(
+                    exc, "on Windows, a socket stays with the first event loop that accepts on it"
+                ) from exc
 
-    async def _create_server(self, listener: Listener) -> None:
-        with forks.lock:
-            # The loop closes what it gets, and then we accept what is left in the queue.
-            sock = _LoopsSocket(fileno=listener.socket.dup().detach())
-            forks.track(sock)
+    async def _create_server(self, listener: Listener, sock: _LoopsSocket) -> None:
+        """Let the loop accept on a socket; raise an `OSError` if it gives up at once."""
+        gave_up = False
+
+        def give_up() -> None:
+            nonlocal gave_up
+            gave_up = True
+
+        sock.on_close = give_up
         try:
             server = await self._loop.create_server(lambda: _Arrival(self), sock=sock, backlog=self._backlog)
         except BaseException:
+            sock.on_close = None
             sock.close()
             raise
-        if not self._serving:
-            server.close()
-        elif sock.fileno() < 0:
-            self._accept_later(listener)
-        else:
-            sock.on_close = partial(self._accept_later, listener)
-            self._servers[listener] = server
+        sock.on_close = partial(self._accept_later, listener, sock)
+        self._servers[listener] = server, sock
+        if gave_up:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def _accept_later(self, listener: Listener) -> None:
-        if self._serving and not self._loop.is_closed():
+    def _accept_later(self, listener: Listener, sock: _LoopsSocket) -> None:
+        """Accept again at once, since a client's reset is no reason to wait; if that fails, too, a second later."""
+        if not self._serving or self._loop.is_closed():
+            return
+        now = self._loop.time()
+        is_first = now - self._gave_up.get(listener, -_limits.ACCEPT_RETRY) >= _limits.ACCEPT_RETRY
+        self._gave_up[listener] = now
+        if not is_first:
             logger.error("cannot accept; trying again in %g second", _limits.ACCEPT_RETRY)
-            self._retries[listener] = self._loop.call_later(
-                _limits.ACCEPT_RETRY, lambda: self._begin(self._accept_again(listener))
-            )
+        self._retries[listener] = self._loop.call_later(
+            0 if is_first else _limits.ACCEPT_RETRY, lambda: self._begin(self._accept_again(listener, sock))
+        )
 
-    async def _accept_again(self, listener: Listener) -> None:
+    async def _accept_again(self, listener: Listener, sock: _LoopsSocket) -> None:
         try:
             if self._serving:
-                await self._create_server(listener)
+                await self._create_server(listener, sock)
         except OSError:  # there is still no descriptor
-            self._accept_later(listener)
+            self._accept_later(listener, sock)
+        else:
+            if not self._serving:
+                self._close_loops_sockets()
 
     def _stop_accepting(self) -> None:
         if self._loop.is_running():
@@ -121,17 +143,19 @@ class PortableAcceptor(Acceptor):
             self._close_servers()
 
     def _close_servers(self) -> None:
-        servers, self._servers = self._servers, {}
-        for server in servers.values():
-            server.close()
+        self._close_loops_sockets()
         if self._listeners and not self.has_rest:
             self._accept_last()
 
-    def lose_rest(self) -> int:
+    def _close_loops_sockets(self) -> None:
         servers, self._servers = self._servers, {}
-        if not self._loop.is_closed():
-            for server in servers.values():
+        for server, sock in servers.values():
+            sock.on_close = None
+            if not self._loop.is_closed():
                 server.close()
+
+    def lose_rest(self) -> int:
+        self._close_loops_sockets()
         return super().lose_rest()
 
     def accepted(self) -> None:
@@ -151,16 +175,21 @@ class PortableAcceptor(Acceptor):
 
 
 class _LoopsSocket(socket.socket):
-    """What a loop accepts on. asyncio's on Windows closes it at the first error, which can be a client's reset."""
+    """
+    What a loop accepts on. asyncio's on Windows closes it at the first error, which can be a client's reset.
+
+    It stays open then: Windows ties a socket to the first loop that accepts on it, which knows it by this object.
+    """
 
     on_close: Callable[[], None] | None = None
+    """Called in place of closing it."""
 
     def close(self) -> None:
-        with forks.lock:
-            super().close()
-        on_close, self.on_close = self.on_close, None
-        if on_close is not None:
-            on_close()
+        if self.on_close is not None:
+            self.on_close()
+        else:
+            with forks.lock:
+                super().close()
 
 
 class _Arrival(Handshake):

@@ -111,7 +111,9 @@ def take_snapshot(loop: asyncio.AbstractEventLoop | None = None) -> Snapshot:
     if loop is not None:
         # The current task may be another one in the second snapshot, and anyio's plugin runs fixtures in its own tasks.
         tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
-        tasks = {each for each in tasks if not getattr(each.get_coro(), "__qualname__", "").startswith("TestRunner.")}
+        # On Windows, asyncio has a new one for each connection that a server is about to accept.
+        others = ("TestRunner.", "IocpProactor.accept.")
+        tasks = {each for each in tasks if not getattr(each.get_coro(), "__qualname__", "").startswith(others)}
         timers = [(timer, timer._callback) for timer in getattr(loop, "_scheduled", ()) if not timer.cancelled()]
     return Snapshot(
         threads=set(threading.enumerate()),
