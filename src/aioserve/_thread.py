@@ -29,6 +29,7 @@ from aioserve._options import App, Options
 from aioserve._report import Report, Stats
 from aioserve._server import Server, add_failure
 from aioserve._serving import serving, start
+from aioserve._waiting import wait_for_thread
 
 
 @with_options(serving)
@@ -269,7 +270,7 @@ class ServerThread:
         _register()
         try:
             self._thread.start()
-            self._ready.wait()
+            wait_for_thread(self._ready)
         except BaseException:  # Ctrl+C, or what the handler of another signal has raised
             self.ask(0)
             if self._thread.is_alive():
@@ -294,7 +295,7 @@ class ServerThread:
         """Wait until the server has closed and the thread has ended; return whether the server has closed."""
         if self.is_forked:
             return True
-        if not self.over.wait(timeout):
+        if not wait_for_thread(self.over, timeout):
             return False
         self._thread.join(_limits.THREAD_EXIT)
         if self._thread.is_alive():
@@ -394,7 +395,5 @@ def _stop_all() -> None:
                 thread.ask(timeout)
             for thread in threads:
                 if not thread.wait(thread.longest_stop() if timeout is None else _limits.ENDING_THREADS):
-                    logger.warning(
-                        "%s: its event loop is blocked, and so the program ends without its stop", thread.url
-                    )
+                    logger.warning("%s: its event loop is blocked; the program ends without its stop", thread.url)
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
@@ -32,6 +34,21 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
         let_die_quietly(task := loop.create_task(coroutine, name=name))
     made: asyncio.Task[T] = task
     return made
+
+
+def wait_for_thread(event: threading.Event, timeout: float | None = None) -> bool:
+    """
+    Wait for an event that another thread sets; return whether it was set.
+
+    On Windows, Ctrl+C interrupts no wait for a lock before CPython 3.14 (CPython #125541), so it looks now and then.
+    """
+    if sys.platform != "win32":
+        return event.wait(timeout)
+    until = None if timeout is None else time.monotonic() + timeout
+    while until is None or time.monotonic() < until:
+        if event.wait(0.1 if until is None else min(0.1, max(until - time.monotonic(), 0))):
+            return True
+    return event.is_set()
 
 
 def let_die_quietly(task: asyncio.Task[Any]) -> None:

@@ -95,7 +95,7 @@ async def test_closing_tls_connection_without_a_free_descriptor_waits_for_the_bu
         await client.reader.readuntil(b"\r\n\r\n")
         transport: Any = client.writer.transport
         transport.pause_reading()
-        monkeypatch.setattr("aioserve._net.transports.os.dup", exhausted)
+        monkeypatch.setattr("aioserve._net.transports.socket.dup", exhausted)
         await server.aclose()
         monkeypatch.undo()
     assert server.report is not None

@@ -71,7 +71,7 @@ def test_program_ends_also_where_the_loop_of_its_server_is_blocked(loop_name: st
     with running(loop_name, "blocks_the_loop") as program:
         code, printed = program.end()
     assert code == 0
-    assert printed.endswith(": its event loop is blocked, and so the program ends without its stop\n")
+    assert printed.endswith(": its event loop is blocked; the program ends without its stop\n")
 
 
 STARTS_LATE = """

@@ -9,7 +9,6 @@ our side is shut down, and what comes is thrown away, until the client closes as
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +62,7 @@ class _LingeringSocket:
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         with forks.lock:
-            self._socket = socket.socket(fileno=os.dup(number))
+            self._socket = socket.socket(fileno=socket.dup(number))
             self._socket.setblocking(False)  # the program may have set a default timeout
             forks.track(self._socket)
         self._loop.add_reader(self._socket.fileno(), self.read)

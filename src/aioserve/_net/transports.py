@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 import struct
 import sys
@@ -27,8 +26,21 @@ else:
 
 
 def unread_bytes(raw: Any) -> int:
-    """Return how much has arrived on a connection that nobody has read yet."""
-    return _ask_kernel(raw, FIONREAD)
+    """Return how much has arrived on a connection that nobody has read yet; on Windows, 1 for anything."""
+    return _peek(raw) if sys.platform == "win32" else _ask_kernel(raw, FIONREAD)
+
+
+def _peek(raw: Any) -> int:
+    try:
+        sock = socket.socket(fileno=descriptor(raw))
+    except OSError:
+        return 0
+    try:
+        return len(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return 0
+    finally:
+        sock.detach()  # the descriptor is the transport's
 
 
 def unacknowledged_bytes(raw: Any) -> int:
@@ -131,6 +143,9 @@ def hang_up(raw: Any) -> None:
 
     An abort would send a reset if something is unread, and a reset can take back what we have sent.
     """
+    if sys.platform == "win32":
+        raw.abort()  # a read is pending, and it is not said what that does in a socket that is shut down
+        return
     try:
         sock = socket.socket(fileno=descriptor(raw))
     except OSError:
@@ -141,10 +156,7 @@ def hang_up(raw: Any) -> None:
         pass
     finally:
         sock.detach()  # the descriptor is the transport's
-    if sys.platform == "win32":
-        raw.abort()  # a read is pending, and it is not said what that does in a socket that is shut down
-    else:
-        raw.resume_reading()
+    raw.resume_reading()
 
 
 def drop(raw: Any) -> None:
@@ -171,7 +183,7 @@ class FlushWatch:
         """Start to watch; raise an `OSError` if no descriptor is left."""
         # A descriptor of our own, since a loop allows nobody to watch a transport's.
         with forks.lock:
-            self._descriptor = os.dup(descriptor(self._raw))
+            self._descriptor = socket.dup(descriptor(self._raw))
             forks.track(self)
         self._loop = asyncio.get_running_loop()
         self._loop.add_writer(self._descriptor, self._look)
@@ -185,7 +197,7 @@ class FlushWatch:
         """Stop watching: the connection is gone."""
         self._loop.remove_writer(self._descriptor)
         with forks.lock:
-            os.close(self._descriptor)
+            socket.close(self._descriptor)
             self._descriptor = -1
 
     def fileno(self) -> int:

@@ -44,6 +44,8 @@ def octal(value: str) -> int:
 
 
 def descriptor(value: str) -> int:
+    if sys.platform == "win32":
+        raise click.BadParameter("descriptors are not supported on Windows")
     number: int = click.INT(value)
     try:
         os.fstat(number)
@@ -54,7 +56,7 @@ def descriptor(value: str) -> int:
 
 def writable(value: str) -> int:
     number = descriptor(value)
-    if sys.platform != "win32":
+    if sys.platform != "win32":  # where it is refused
         import fcntl  # only where it is needed
 
         if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
@@ -146,8 +148,8 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     Serve the ASGI app APP, an import string like package.module:app.
 
     When it serves, it prints its URLs, one per line, unless the log shows them in the same place. It serves until
-    Ctrl+C, SIGTERM or SIGHUP, and then stops gracefully; a second Ctrl+C or SIGTERM forces the stop. Logs go to
-    standard error.
+    Ctrl+C, SIGTERM or SIGHUP (on Windows: Ctrl+C or Ctrl+Break), and then stops gracefully; a second Ctrl+C or SIGTERM
+    forces the stop. Logs go to standard error.
 
     Exit codes: 0 after a graceful stop or an interrupted start; 1 after a forced stop, a crash or a failed shutdown; 2
     for a wrong command line; 3 if it could not start.
@@ -184,8 +186,12 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
 
 def is_in_one_place() -> bool:
     """Whether standard output and error are one terminal, or one file, and the log is read there as well."""
+    if not logging.getLogger("uvicorn.error").isEnabledFor(logging.INFO):
+        return False
+    if sys.platform == "win32":  # where all that is no file on a disk counts as the same file
+        return os.isatty(1) and os.isatty(2)
     try:
-        return logging.getLogger("uvicorn.error").isEnabledFor(logging.INFO) and os.path.sameopenfile(1, 2)
+        return os.path.sameopenfile(1, 2)
     except OSError:
         return False
 
@@ -227,7 +233,7 @@ def main() -> NoReturn:
             os.open(os.devnull, os.O_RDWR)  # this takes the lowest number that is free
 
     try:
-        code = command.main(standalone_mode=False)
+        code = command.main(standalone_mode=False, windows_expand_args=False)
     except click.ClickException as exc:
         message = why_no_option(exc.option_name) if isinstance(exc, click.NoSuchOption) else ""
         print_error(f"{message or exc.format_message()} (aioserve --help lists the options)".replace("\n", " "))
