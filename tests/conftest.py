@@ -45,6 +45,17 @@ if sys.platform != "win32":
 else:
     DEFAULT_LOOPS = ["asyncio"]
     del LOOPS["uvloop"]  # there is none
+    LOOPS["portable"] = {"loop_factory": asyncio.ProactorEventLoop}  # the real one
+    # They import what there is only on Unix; and the stand-in is for other systems.
+    collect_ignore = [
+        "exit/test_ended_loop.py",
+        "start/test_loops.py",
+        "stop/test_forking_programs.py",
+        "stop/test_forks.py",
+        "stop/test_no_descriptor_left.py",
+        "thread/test_programs.py",
+        "windows",
+    ]
 if sys.version_info < (3, 12):
     del LOOPS["eager"]  # eager tasks came with Python 3.12
 

@@ -235,3 +235,48 @@ def test_demo_makes_every_kind_of_request_and_ends() -> None:
     done = run("import aioserve.demo; aioserve.demo.command_line()", "--once")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].startswith("stopped in ")
+
+
+def test_command_line_expands_no_pattern_and_refuses_descriptors() -> None:
+    """click would expand `*` on Windows, also where it is quoted."""
+    program = "import os; os.name = 'nt'; import aioserve._process.command as command; command.main()"
+    done = run(program, "nowhere:app", "*.md")
+    assert "unexpected extra argument (*.md)" in done.stderr
+    for option in ("--fd", "--ready-fd"):
+        done = run("import aioserve._process.command as command; command.main()", "nowhere:app", option, "1")
+        assert done.returncode == 2
+        assert "descriptors are not supported on Windows" in done.stderr
+
+
+def test_waits_for_a_server_in_a_thread_have_their_limit() -> None:
+    """They look now and then, since Ctrl+C interrupts no wait for a lock there before Python 3.14."""
+    program = """
+        with aioserve.start_in_thread(app) as server:
+            print(server.wait_closed(0), server.wait_closed(0.25))
+            server.close()
+            print(server.wait_closed())
+    """
+    assert printed(program) == ["False False", "True"]
+
+
+def test_unread_request_on_a_kept_alive_connection_is_answered_on_the_selector_loop() -> None:
+    """It is looked for without taking it."""
+    program = """
+        import socket
+        from tests.helpers.apps import App
+
+        async def main():
+            server = await aioserve.start(App())
+            with socket.create_connection((server.host, server.port)) as client:
+                reader, writer = await asyncio.open_connection(sock=client)
+                writer.write(b"GET / HTTP/1.1\\r\\nhost: test\\r\\n\\r\\n")
+                await reader.readuntil(b"hello")
+                client.send(b"GET / HTTP/1.1\\r\\nhost: test\\r\\n\\r\\n")
+                await server.aclose()
+                print((await reader.read()).endswith(b"hello"))
+                writer.close()
+
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(main())
+    """
+    assert printed(program) == ["True"]
