@@ -18,6 +18,7 @@ LINGER_LONGEST = 5.0  # for all that such a client sends
 SHORTEST_LOOK = 0.01  # until the next look at TLS handshakes
 ACTIVE = 0.1  # since a WebSocket's last message, for it to count as one whose client is sending
 TRIED_ACCEPT = 5.0  # for a loop to accept a connection from itself, when it is tried what it can do
+LOOK_FOR_CTRL_C = 0.1  # until Python handles a Ctrl+C that comes while it waits for a thread, on Windows
 LOOK_AT_FLUSH = 0.02  # until the next look at a closing TLS connection, on loops that cannot watch a socket
 ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example because no descriptor is left
 CHILD_EXIT = 1.0  # for a child process to exit when its server has stopped, and to react when it is forced

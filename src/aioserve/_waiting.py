@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
 import time
@@ -44,11 +45,11 @@ def wait_for_thread(event: threading.Event, timeout: float | None = None) -> boo
     """
     if sys.platform != "win32":
         return event.wait(timeout)
-    until = None if timeout is None else time.monotonic() + timeout
-    while until is None or time.monotonic() < until:
-        if event.wait(0.1 if until is None else min(0.1, max(until - time.monotonic(), 0))):
-            return True
-    return event.is_set()
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    while not event.wait(max(0, min(_limits.LOOK_FOR_CTRL_C, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 def let_die_quietly(task: asyncio.Task[Any]) -> None:
@@ -77,6 +78,14 @@ async def outlast(
                 first = first or exc
                 on_cancel()
     return first
+
+
+async def complete(task: asyncio.Task[T]) -> T:
+    """Return the result of a task, which is not cancelled with its caller; a cancellation is raised afterwards."""
+    cancellation = await outlast(task.done, lambda: asyncio.wait({task}), lambda: None)
+    if cancellation is not None:
+        raise cancellation from task.exception()
+    return task.result()
 
 
 @types.coroutine

@@ -14,7 +14,7 @@ from aioserve import _limits
 from aioserve._net import forks
 from aioserve._net.acceptor import Acceptor, acceptors
 from aioserve._net.handshakes import after_first_step
-from aioserve._waiting import outlast
+from aioserve._waiting import complete
 
 _MISSING = (NotImplementedError, AttributeError)  # some loops and transports have a method, and raise in it
 
@@ -29,11 +29,8 @@ async def choose_acceptor(*, tls: bool = False) -> type[Acceptor]:
     if (kind, tls) not in acceptors:
         # In a task, which is not cancelled in the middle: asyncio fails to make a connection whose server is closed.
         trying = asyncio.get_running_loop().create_task(_try_both(f"{kind.__module__}.{kind.__qualname__}", tls))
-        cancellation = await outlast(trying.done, lambda: asyncio.wait({trying}), lambda: None)
-        error = trying.exception()
-        if cancellation or error:
-            raise cancellation or error  # type: ignore[misc]  # mypy does not see that it is one of them
-        acceptors[kind, tls] = trying.result()
+        acceptor = await complete(trying)
+        acceptors[kind, tls] = acceptor
     return acceptors[kind, tls]
 
 

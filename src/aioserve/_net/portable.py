@@ -25,7 +25,7 @@ from aioserve._net.acceptor import Acceptor
 from aioserve._net.handshakes import Handshake
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import FlushWatch, has_unsent, send_without_delay
-from aioserve._waiting import outlast
+from aioserve._waiting import complete
 
 
 class _FlushLook(FlushWatch):
@@ -59,10 +59,7 @@ class PortableAcceptor(Acceptor):
         self._listen(context)
         # In a task, which is how a coroutine gets another context, and is not cancelled in the middle.
         starting = self._loop.create_task(self._create_servers(), context=context)
-        cancellation = await outlast(starting.done, lambda: asyncio.wait({starting}), lambda: None)
-        starting.result()
-        if cancellation is not None:
-            raise cancellation
+        await complete(starting)
 
     async def _create_servers(self) -> None:
         for listener in self._listeners:
@@ -98,7 +95,7 @@ class PortableAcceptor(Acceptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     def _accept_later(self, listener: Listener, sock: _LoopsSocket) -> None:
-        """Accept again at once, since a client's reset is no reason to wait; if that fails, too, a second later."""
+        """Accept again: at once after an error, which can be a client's reset; a second later after another one."""
         if not self._serving or self._loop.is_closed():
             return
         now = self._loop.time()
@@ -137,7 +134,7 @@ class PortableAcceptor(Acceptor):
         # to make a connection whose server is closed.
         timer = self._loop.call_later(0, close)
         try:
-            await is_closed.wait()  # meanwhile the server is not settled, and so what has arrived is read
+            await is_closed.wait()  # a stop reads what has arrived as long as this is pending
         finally:
             timer.cancel()
             self._close_servers()

@@ -11,8 +11,8 @@ import errno
 import socket
 import struct
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from aioserve import _limits
@@ -31,14 +31,17 @@ def unread_bytes(raw: Any) -> int:
 
 
 def _peek(raw: Any) -> int:
-    try:
-        sock = socket.socket(fileno=descriptor(raw))
-    except OSError:
-        return 0
-    try:
+    with suppress(OSError), _borrowed_socket(raw) as sock:
         return len(sock.recv(1, socket.MSG_PEEK))
-    except OSError:
-        return 0
+    return 0
+
+
+@contextmanager
+def _borrowed_socket(raw: Any) -> Iterator[socket.socket]:
+    """Lend the socket of a raw transport, which does not show all of its methods; an `OSError` says that it is gone."""
+    sock = socket.socket(fileno=descriptor(raw))
+    try:
+        yield sock
     finally:
         sock.detach()  # the descriptor is the transport's
 
@@ -147,15 +150,10 @@ def hang_up(raw: Any) -> None:
         raw.abort()  # a read is pending, and it is not said what that does in a socket that is shut down
         return
     try:
-        sock = socket.socket(fileno=descriptor(raw))
+        with _borrowed_socket(raw) as sock, suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         return  # it is gone
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-    finally:
-        sock.detach()  # the descriptor is the transport's
     raw.resume_reading()
 
 

@@ -188,7 +188,7 @@ def is_in_one_place() -> bool:
     """Whether standard output and error are one terminal, or one file, and the log is read there as well."""
     if not logging.getLogger("uvicorn.error").isEnabledFor(logging.INFO):
         return False
-    if sys.platform == "win32":  # where all that is no file on a disk counts as the same file
+    if sys.platform == "win32":  # where consoles, pipes and devices all have the number 0
         return os.isatty(1) and os.isatty(2)
     try:
         return os.path.sameopenfile(1, 2)

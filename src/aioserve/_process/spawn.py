@@ -16,7 +16,7 @@ from aioserve._process import messages
 
 
 def check_interpreter() -> None:
-    """Refuse an executable that is no Python: a frozen program would start itself, and that one again itself."""
+    """Refuse an executable that is not a Python interpreter: a frozen program would start itself without an end."""
     if sys.platform == "win32":
         why = "that is not supported on Windows"
     elif getattr(sys, "frozen", False):
