@@ -8,6 +8,7 @@ arrived and is still unread.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 from aioserve import _limits
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.linger import LingeringSockets
-from aioserve._net.transports import hang_up, is_active, tcp_info, unread_bytes
-from aioserve._uvicorn import protocols
+from aioserve._net.transports import hang_up, idle_time, is_active, tcp_info, unread_bytes
+from aioserve._uvicorn import http2, protocols
 from aioserve._uvicorn.closing import has_answered_since
 from aioserve._uvicorn.disconnect import refuse
 from aioserve._uvicorn.protocols import ConnectionState
@@ -56,7 +57,9 @@ class Closer:
             state = self._state_of(connection)
             if state in ("busy", "answering") or (state == "partial" and self.unread(connection)):
                 return state
-            if state == "idle":
+            if state == "idle" and (seconds := self._time_to_read(connection)):
+                self._wait_for_request(connection, seconds)
+            elif state == "idle":
                 if not protocols.is_http(connection) and is_active(self._acceptor.raw_transport(connection.transport)):
                     self._active |= {connection}
                 protocols.close_gracefully(connection)
@@ -69,9 +72,26 @@ class Closer:
         self.see_off(connection)
         return None
 
+    def _time_to_read(self, connection: Any) -> float:
+        """How long the client of an idle connection may take to acknowledge that it has read its answers (HTTP/2)."""
+        if not http2.is_http2(connection):
+            return 0.0
+        seconds = _limits.HTTP2_ACKNOWLEDGEMENT
+        if not has_answered_since(connection):
+            seconds = _limits.HTTP2_RECENT if self.has_just_answered(connection) else 0.0
+        return 0.0 if not seconds or connection.server_state.is_acknowledged() else seconds
+
+    def has_just_answered(self, connection: Any) -> bool:
+        """Whether a client of HTTP/2, with several streams so far, may still have its last answers to read."""
+        if not http2.is_http2(connection) or http2.last_stream(connection) <= 1:
+            return False
+        return idle_time(self._acceptor.raw_transport(connection.transport), unknown=math.inf) < _limits.HTTP2_RECENT
+
     def close_partial(self, connection: Any) -> bool:
         """Close a connection that has sent no request, or only a part of one; else return `False`."""
-        is_partial = self._state_of(connection) in ("new", "partial") and not self.unread(connection)
+        state = self._state_of(connection)
+        is_partial = state in ("new", "partial") or (state == "idle" and http2.is_http2(connection))
+        is_partial = is_partial and not self.unread(connection)
         if connection.transport.is_closing() or not is_partial:
             return False
         protocols.close_gracefully(connection)
@@ -134,7 +154,10 @@ class Closer:
     def _may_be_sending(self, connection: Any) -> bool:
         if not protocols.is_http(connection):
             return connection in self._active
-        return protocols.has_unread_body(connection) or self.unread(connection) > 0
+        # A client of HTTP/2 says how much more of an answer it can take.
+        is_http2 = http2.is_http2(connection) and has_answered_since(connection)
+        will_send = is_http2 and not connection.server_state.has_acknowledged
+        return will_send or protocols.has_unread_body(connection) or self.unread(connection) > 0
 
     def _linger(self, raw: Any) -> None:
         # asyncio's transport for Windows shuts both directions down when it closes.

@@ -23,8 +23,9 @@ from aioserve._net.listeners import Listener
 from aioserve._net.transports import drop, hang_up
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._uvicorn import protocols
-from aioserve._uvicorn.closing import announce_close
+from aioserve._uvicorn.closing import ClosingState, announce_close
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
+from aioserve._uvicorn.http2 import is_http2
 from aioserve._uvicorn.logs import pass_on_interrupts, silence_expected_errors
 from aioserve._uvicorn.state import TrackedState, create_state
 from aioserve._waiting import Condition, after_turns, let_die_quietly
@@ -106,12 +107,12 @@ class Connections:
     # The steps of a stop.
 
     def announce_close(self) -> None:
-        """Let HTTP/1 responses from here on say "connection: close"; `ClosingHeaders` has the exceptions."""
+        """Let HTTP/1 responses from here on say "connection: close" (see `ClosingHeaders`), and HTTP/2 its GOAWAY."""
         self._announced = True
         handlers = 0
         for connection in list(self.state.connections):
             if not connection.transport.is_closing():
-                handlers += announce_close(connection, self)
+                handlers += announce_close(connection, self, _closing_state(connection))
         if len(self.state.tasks) > handlers:  # there are some whose clients have gone
             for task in self.state.tasks:
                 pass_on_interrupts(protocols.handled_by(task))
@@ -129,6 +130,8 @@ class Connections:
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
             is_idle = is_open and protocols.connection_state(connection) == "idle"
             if is_idle and not (protocols.has_unread_body(connection) or self._closer.unread(connection)):
+                if self._closer.has_just_answered(connection):
+                    continue
                 protocols.close_gracefully(connection)
 
     def close_unneeded(self) -> None:
@@ -162,7 +165,8 @@ class Connections:
         if connection in self.state.connections:
             state = self._closer.close_if_unneeded(connection, grace=grace)
             if state == "busy":
-                self._disconnect(connection)
+                if self._closing:
+                    self._disconnect(connection)
             elif state is not None:
                 self._loop.call_soon(self._close_if_unneeded, connection)
 
@@ -218,7 +222,7 @@ class Connections:
             protocols.name_server(connection, self._unix_path)
         if not self._announced:
             return
-        announce_close(connection, self)
+        announce_close(connection, self, _closing_state(connection))
         if self._closing:
             # It was accepted in the last moment, or has just been upgraded: to a WebSocket that the app may accept.
             grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
@@ -246,8 +250,9 @@ class Connections:
     def progress_made(self, connection: Any) -> None:
         """A request has come, or its response begins or is complete, after the stop was asked for."""
         self._closer.progress_made(connection)
-        if self._closing:
+        if self._closing or is_http2(connection):
             self._loop.call_soon(self._close_if_unneeded, connection)  # once it is done with that
+        if self._closing:
             self._watch_handlers_soon()
             self._condition.notify()
 
@@ -273,6 +278,14 @@ class Connections:
             for connection in list(self.state.connections):
                 self._closer.see_off(connection)
         self._condition.notify()
+
+
+def _closing_state(connection: Any) -> type[ClosingState]:
+    if not is_http2(connection):
+        return ClosingState
+    from aioserve._uvicorn.goaway import ClosingHTTP2State  # only for HTTP/2
+
+    return ClosingHTTP2State
 
 
 def abandon(connections: Connections) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 # Seconds.
 FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its first request
 PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
+HTTP2_STREAMS = 1.0  # without a moment in which no stream is open, until a client is told to open no more
+HTTP2_RECENT = 0.02  # the same for one that was idle at the stop, if it had its last answer no longer ago than that
+HTTP2_ACKNOWLEDGEMENT = 0.25  # for a client to tell that it has read its last answer, before its connection closes
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
 SLOW_STOP = 1.25  # until a stop says what it waits for; longer than one second for clients that have gone silent
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind

@@ -58,6 +58,7 @@ class Options(TypedDict, total=False):
     h11_max_incomplete_event_size: int | None
     headers: list[tuple[str, str]] | None
     http: type[asyncio.Protocol] | str
+    http2: bool
     interface: Literal["auto", "asgi3", "asgi2", "wsgi"]
     limit_concurrency: int | None
     limit_max_requests: int | None
@@ -122,7 +123,6 @@ _WORKERS = "aioserve has no worker processes; use uvicorn --workers"
 REFUSED = {
     "callback_notify": "aioserve has no tick that calls it; run a task of your own",
     "env_file": "aioserve does not change the environment; load the file before the start",
-    "http2": "uvicorn's is experimental: in a stop, new streams get a 503, and the GOAWAY comes only at the very end",
     "loop": "the server runs in the loop that is running already; choose one with asyncio.Runner(loop_factory=...)",
     "timeout_notify": "aioserve has no tick that calls callback_notify; run a task of your own",
 } | dict.fromkeys(("reload", "reload_delay", "reload_dirs", "reload_excludes", "reload_includes"), _RELOAD)
@@ -169,7 +169,7 @@ _NO_RANGE = ("", 0, 0, "")
 
 _MAY_BE_NONE = frozenset({"host", "uds", "sockets", "systemd", "ssl"})
 _NOT_ON_WINDOWS = ("uds", "uds_mode", "fd", "systemd", "reuse_port")
-_COMBINED = LISTEN_OPTIONS | {"ssl", "ssl_keyfile"}
+_COMBINED = LISTEN_OPTIONS | {"ssl", "ssl_keyfile", "http2"}
 
 # Signals that no program can handle; and those of a fault, which would come again and again, since Python runs its
 # handlers only when the faulty instruction is over.
@@ -231,6 +231,9 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
         for name in options:
             if name.startswith("ssl_"):
                 raise TypeError(f"pass either ssl or {name}, not both: a ready context has everything in it")
+    http = options.get("http", "auto")
+    if options.get("http2") is True and http not in ("auto", "zttp"):
+        raise TypeError(f"http2 requires http='zttp', which is then the default, not {http!r}")
     if options.get("ssl_keyfile") and not (options.get("ssl_certfile") or options.get("ssl_context_factory")):
         raise TypeError("ssl_keyfile requires ssl_certfile")
 

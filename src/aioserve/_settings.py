@@ -116,13 +116,13 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         timeout = check_timeout("timeout_graceful_shutdown", config.timeout_graceful_shutdown)
         timeouts = timeouts | {"shutdown_timeout": timeout}
 
-    if getattr(config, "http2", False):
-        raise TypeError(f"a uvicorn.Config with http2 cannot be served: {_options.REFUSED['http2']}")
     where: dict[str, Any] = {"host": config.host, "port": config.port}  # the order is uvicorn's
     if config.fd is not None:
         where = {"fd": config.fd}
     elif config.uds is not None:
         where = {"uds": config.uds, "uds_mode": options.get("uds_mode", _UDS_MODE)}
+    if getattr(config, "http2", False):
+        where |= {"http2": True, "http": config.http}
     _options.check_values({**where, **{name: options[name] for name in allowed & options.keys()}})
     refused = {"reload": config.reload, "workers": config.workers > 1, "callback_notify": config.callback_notify}
     ignored = " and ".join(name for name, is_set in refused.items() if is_set)

@@ -1,37 +1,14 @@
-"""The header "connection: close" on the last response of a connection, from when a stop is asked for."""
+"""What tells a client, from when a stop is asked for, that its connection closes: "connection: close", or a GOAWAY."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from aioserve._uvicorn.http2 import is_undecided
 from aioserve._uvicorn.logs import pass_on_interrupts
 from aioserve._uvicorn.protocols import Observer, is_http, unanswered_cycles
 
 CLOSE = (b"connection", b"close")
-
-
-def announce_close(connection: Any, observer: Observer) -> int:
-    """
-    Let every response of an HTTP connection that has not begun yet say "connection: close".
-
-    Return how many handlers it has; an interrupt in one of them is passed on from here.
-    """
-    if not is_http(connection):
-        pass_on_interrupts(connection)
-        return 1
-    if isinstance(connection.server_state, ClosingState):
-        return 0
-    connection.server_state = state = ClosingState(connection, observer)
-    cycles = unanswered_cycles(connection)
-    for cycle in cycles:
-        cycle.default_headers = state.default_headers
-        pass_on_interrupts(cycle)
-    return len(cycles)
-
-
-def has_answered_since(connection: Any) -> bool:
-    """Whether an HTTP connection has had a request in flight since its close was announced."""
-    return connection.cycle is not None and isinstance(connection.cycle.default_headers, ClosingHeaders)
 
 
 class ClosingState:
@@ -41,6 +18,8 @@ class ClosingState:
     So a request costs nothing for it before a stop is asked for.
     """
 
+    has_answered: bool = False  # a request was in flight since then
+
     def __init__(self, connection: Any, observer: Observer) -> None:
         self._connection = connection
         self._observer = observer
@@ -48,10 +27,15 @@ class ClosingState:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._observer.state, name)
 
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return ClosingHeaders(self._connection, self._observer)
+
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """Read when a request has come."""
+        self.has_answered = True
         self._observer.progress_made(self._connection)
-        return ClosingHeaders(self._connection, self._observer)
+        return self.headers()
 
     @property
     def total_requests(self) -> int:
@@ -83,3 +67,28 @@ class ClosingHeaders(list[tuple[bytes, bytes]]):
         if is_upgraded or self._observer.has_more_requests(connection):
             return [*self, *others]
         return [*self, *(each for each in others if each[0].lower() != CLOSE[0]), CLOSE]
+
+
+def announce_close(connection: Any, observer: Observer, state_class: type[ClosingState]) -> int:
+    """
+    Let every response of an HTTP/1 connection that has not begun yet say "connection: close".
+
+    The state takes the place of uvicorn's. Return how many handlers the connection has; an interrupt in one of them is
+    passed on from here.
+    """
+    if not is_http(connection):
+        pass_on_interrupts(connection)
+        return 1
+    if is_undecided(connection) or isinstance(connection.server_state, ClosingState):
+        return 0
+    connection.server_state = state = state_class(connection, observer)
+    cycles = unanswered_cycles(connection)
+    for cycle in cycles:
+        cycle.default_headers = state.default_headers
+        pass_on_interrupts(cycle)
+    return len(cycles)
+
+
+def has_answered_since(connection: Any) -> bool:
+    """Whether an HTTP connection has had a request in flight since its close was announced."""
+    return getattr(connection.server_state, "has_answered", False)

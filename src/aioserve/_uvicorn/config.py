@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("uvicorn.error")
 # Options that are not only remembered: they import, set up logging, read files, or call something.
 _TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
-_WITH_EFFECTS = frozenset({"factory", "log_config", "log_level", *(f"ssl_{name}" for name in _TLS)})
+_WITH_EFFECTS = frozenset({"factory", "http2", "log_config", "log_level", *(f"ssl_{name}" for name in _TLS)})
 
 
 def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
@@ -48,6 +48,8 @@ def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
     environment = _environment(options) if is_plain and _WITH_EFFECTS.isdisjoint(options) else None
     # There are no workers here, so uvicorn need not look for their number in the environment.
     options = {"log_config": None, "workers": 1, **options}
+    if options.get("http2"):
+        options["http"] = "zttp"
     if environment is not None:
         try:
             template = _template_for(environment, **options)
@@ -161,6 +163,8 @@ def load_config(config: uvicorn.Config, ssl_context: ssl.SSLContext | None = Non
         _load(config, app_dir)
     if ssl_context is not None:
         config.ssl = ssl_context
+        if getattr(config, "http2", False):
+            ssl_context.set_alpn_protocols(["h2", "http/1.1"])
 
 
 def _load(config: uvicorn.Config, app_dir: str | None) -> None:
@@ -194,7 +198,8 @@ def _load(config: uvicorn.Config, app_dir: str | None) -> None:
             chosen = getattr(config, option)
             package = str(chosen).partition("-")[0]  # "websockets-sansio" is of websockets
             if package == str(getattr(exc, "name", "")).partition(".")[0]:
-                raise StartupError(f"{option}={chosen!r} needs {package}, which is not installed") from exc
+                what = "http2=True" if option == "http" and getattr(config, "http2", False) else f"{option}={chosen!r}"
+                raise StartupError(f"{what} needs {package}, which is not installed") from exc
         raise StartupError(f"cannot load {app}: {describe_error(exc)}") from exc
     finally:
         config.proxy_headers = behind_proxies
@@ -251,6 +256,7 @@ _KNOWN_PROTOCOLS = {
     option: {each.rpartition(":")[2] for each in protocols.values() if each}
     for option, protocols in (("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS))
 }
+_KNOWN_PROTOCOLS["http"] |= {"AutoZttpProtocol", "ZttpH2Protocol"}
 
 
 def _check_protocol(config: uvicorn.Config) -> None:

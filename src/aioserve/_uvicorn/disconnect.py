@@ -36,6 +36,7 @@ def disconnect(cycle: Any, may_have_unread: Callable[[Any], bool], *, end_respon
 
 def _end_response(cycle: Any) -> None:
     """Send the last chunk. It is little, so it is not kept back where the client reads slowly."""
+    cycle.abort_stream = lambda: None  # HTTP/2's, which would follow
     paused, cycle.flow.write_paused = cycle.flow.write_paused, False
     try:
         cycle.send({"type": "http.response.body", "body": b"", "more_body": False}).send(None)

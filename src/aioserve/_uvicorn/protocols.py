@@ -2,7 +2,7 @@
 What state a connection is in, for each of uvicorn's protocols; and whose handler a task runs.
 
 Every function here answers a question, but for the first and the last four. A connection is one of uvicorn's protocol
-objects; a cycle is one request of it, with its response.
+objects; a cycle is one request of it, with its response; a connection of HTTP/2 can have many at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 from aioserve import _limits
 from aioserve._lifespan import Lifespan
 from aioserve._report import awaited_by, coroutines_held_by, frame_of
+from aioserve._uvicorn import http2
 
 
 class Observer(Protocol):
@@ -77,13 +78,17 @@ def _named_class(protocol_class: type[Any], path: str | bytes) -> type[Any]:
 
 def is_http(connection: Any) -> bool:
     """Whether it is an HTTP connection, and not a WebSocket."""
-    return hasattr(connection, "cycle")
+    return hasattr(connection, "cycle") or hasattr(connection, "alpn_protocols")
 
 
 def connection_state(connection: Any) -> ConnectionState:
     """Return the state of a connection by what has been read from it."""
     if not is_http(connection):
         return _websocket_state(connection)
+    if http2.is_http2(connection):
+        return http2.stream_state(connection)
+    if http2.is_undecided(connection):
+        return "partial" if connection.buffer else "new"
     cycle = connection.cycle
     if cycle is not None and not cycle.response_complete:
         return "busy"
@@ -101,8 +106,9 @@ def connection_state(connection: Any) -> ConnectionState:
 
 
 def shows_first_request(connection: Any) -> bool:
-    """Whether it can be seen that a part of a first request has been read; not with zttp."""
-    return hasattr(connection, "pipeline") or hasattr(connection.conn, "trailing_data")
+    """Whether it can be seen that a part of a first request has been read; not with zttp's HTTP/1."""
+    is_decided = hasattr(connection, "cycle")
+    return not is_decided or hasattr(connection, "pipeline") or hasattr(connection.conn, "trailing_data")
 
 
 def _websocket_state(websocket: Any) -> ConnectionState:
@@ -122,8 +128,12 @@ def is_being_refused(connection: Any) -> bool:
 
 
 def unanswered_cycles(connection: Any) -> list[Any]:
-    """The cycles whose response is not complete: the current one, and with httptools those before and behind it."""
-    cycles = [getattr(connection, "cycle", None)]
+    """
+    The cycles whose response is not complete.
+
+    That is the current one, and with httptools those before and behind it; with HTTP/2, those of all streams.
+    """
+    cycles = list(getattr(connection, "cycles", {}).values()) or [getattr(connection, "cycle", None)]
     if getattr(connection, "pipeline", ()):  # the current one is the last of it, and the first one is running
         running = [unanswered_cycle_of(task) for task in connection.tasks]
         cycles += [each for each in running if each is not None and each.transport is connection.transport]
@@ -140,13 +150,9 @@ def has_read_more(connection: Any) -> bool:
 
 
 def has_unread_body(connection: Any) -> bool:
-    """Whether the rest of the current request's body may still come."""
-    return connection.cycle is not None and connection.cycle.more_body
-
-
-def has_had_request(connection: Any) -> bool:
-    """Whether the head of a first request has been read; a WebSocket began with one."""
-    return not is_http(connection) or connection.cycle is not None
+    """Whether the rest of a current request's body may still come."""
+    cycles = getattr(connection, "cycles", {}).values() or [getattr(connection, "cycle", None)]
+    return any(cycle is not None and cycle.more_body for cycle in cycles)
 
 
 def tasks_behind(websocket: Any) -> list[asyncio.Task[Any]]:
@@ -210,6 +216,8 @@ def scope_of(task: asyncio.Task[Any]) -> dict[str, Any]:
 
 def cancel_keep_alive_timer(connection: Any) -> None:
     """Cancel the timer of a connection that is lost or has become a WebSocket; and keep it from setting another."""
+    if not hasattr(connection, "cycle"):
+        return  # these do so themselves
     timer = connection.timeout_keep_alive_task
     if timer is not None:
         timer.cancel()
@@ -250,7 +258,7 @@ def read_on(connection: Any) -> None:
 
 
 def close_gracefully(connection: Any) -> None:
-    """Close an idle connection, or a WebSocket with 1012."""
+    """Close an idle connection, with HTTP/2 by a GOAWAY, or a WebSocket with 1012."""
     try:
         connection.shutdown()
     except Exception:  # noqa: BLE001

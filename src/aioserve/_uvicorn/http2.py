@@ -1,0 +1,34 @@
+"""
+HTTP/2, which uvicorn speaks with zttp: the state of its connections.
+
+Each stream of a connection has a cycle in `cycles` until its response is complete. On a plain connection, the first
+bytes decide between HTTP/1 and HTTP/2; until then, it is *undecided*.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+
+def is_http2(connection: Any) -> bool:
+    return hasattr(connection, "cycles")
+
+
+def is_undecided(connection: Any) -> bool:
+    """Whether too little has been read to tell HTTP/1 and HTTP/2 apart; with TLS, the handshake has told it."""
+    return hasattr(connection, "alpn_protocols") and hasattr(connection, "buffer")
+
+
+def stream_state(connection: Any) -> Literal["busy", "new", "idle"]:
+    """Return the state of an HTTP/2 connection, which is busy also while its client's flow control holds data back."""
+    if connection.cycles or connection.conn.has_pending_send():
+        return "busy"
+    return "idle" if last_stream(connection) else "new"
+
+
+def last_stream(connection: Any) -> int:
+    """Return the number of the last stream that has been read, or 0: zttp 0.0.35 tells it only in a GOAWAY."""
+    connection.transport.write(connection.conn.data_to_send())
+    connection.conn.close()
+    goaway: bytes = connection.conn.data_to_send()  # not sent
+    return int.from_bytes(goaway[9:13], "big") & (2**31 - 1)
