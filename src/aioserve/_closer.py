@@ -23,11 +23,18 @@ from aioserve._uvicorn.disconnect import refuse
 from aioserve._uvicorn.protocols import ConnectionState
 from aioserve._waiting import after_turns
 
+_TOO_SLOW = b"The request took too long to arrive.\n"
+_TIMEOUT = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(_TOO_SLOW), _TOO_SLOW)
+)
+
 
 class Closer:
     """Closes the connections of one server."""
 
     _graces: GracePeriods | None = None
+    _handshake_timer: asyncio.TimerHandle | None = None
     lingering: LingeringSockets | None = None
     """The sockets of connections that are closed, and whose clients may still be sending."""
     _active: frozenset[Any] = frozenset()  # WebSockets on which something was on its way when they were closed
@@ -98,6 +105,13 @@ class Closer:
         self.see_off(connection)
         return True
 
+    def close_late(self, connection: Any) -> None:
+        """Close a connection whose client was too slow to send the head of a request; answer what has come of one."""
+        if self._state_of(connection) == "partial" and not http2.is_http2(connection):
+            connection.transport.write(_TIMEOUT)
+        protocols.close_gracefully(connection)
+        self._acceptor.when_flushed(connection.transport, hang_up)  # with TLS, the client would have to agree
+
     def _wait_for_request(self, connection: Any, seconds: float) -> None:
         if self._graces is None:
             self._graces = GracePeriods(on_expired=self._expired)
@@ -119,6 +133,18 @@ class Closer:
             return "partial" if info is not None and info.received else state
         # The rest of a body whose request has its answer is not waited for.
         return "partial" if not protocols.has_unread_body(connection) and self.unread(connection) else state
+
+    def watch_handshakes(self) -> None:
+        """Drop the TLS handshakes that do not move."""
+        if self._acceptor.pending and self._handshake_timer is None:
+            loop = asyncio.get_running_loop()
+            self._handshake_timer = loop.call_later(_limits.TLS_HANDSHAKE, self._look_at_handshakes)
+
+    def _look_at_handshakes(self) -> None:
+        self._handshake_timer = None
+        if self._acceptor.pending:
+            left = self._acceptor.drop_silent(_limits.TLS_HANDSHAKE)
+            self._handshake_timer = asyncio.get_running_loop().call_later(left, self._look_at_handshakes)
 
     # The end of a connection that is closing.
 
@@ -193,6 +219,8 @@ class Closer:
             self.lingering.close()
 
     def close(self) -> None:
+        if self._handshake_timer is not None:
+            self._handshake_timer.cancel()
         if self.lingering is not None:
             self.drop()
         if self._graces is not None:

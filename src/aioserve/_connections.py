@@ -10,18 +10,18 @@ import asyncio
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Any
 
 from aioserve import _limits
 from aioserve._closer import Closer
 from aioserve._finish import is_event_stream
+from aioserve._heads import HeadTimeout
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
 from aioserve._net.transports import drop, hang_up
 from aioserve._report import UnfinishedHandler, unfinished_handler
+from aioserve._settings import Settings
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import ClosingState, announce_close
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
@@ -30,6 +30,9 @@ from aioserve._uvicorn.logs import pass_on_interrupts, silence_expected_errors
 from aioserve._uvicorn.state import TrackedState, create_state
 from aioserve._waiting import Condition, after_turns, let_die_quietly
 
+if TYPE_CHECKING:
+    from aioserve._uvicorn.cancelling import CancellableTasks
+
 
 class Connections:
     """All connections and handlers of a server. The condition is notified of every change that a stop waits for."""
@@ -37,24 +40,28 @@ class Connections:
     _announced: bool = False  # responses say "connection: close"
     _closing: bool = False  # connections close as soon as they can
     _disconnecting: bool = False  # handlers are told that their client has gone
-    _handshake_timer: asyncio.TimerHandle | None = None
+    _cancellable: CancellableTasks | None = None  # the handlers, where they are cancelled when their client is gone
     _watch_is_due: bool = False
 
     def __init__(
         self,
         listeners: Sequence[Listener],
-        config: uvicorn.Config,
+        settings: Settings,
         lifespan: Lifespan,
         *,
-        access_log: bool,
         condition: Condition,
         on_limit: Callable[[int], None],
         acceptor: type[Acceptor],
     ) -> None:
+        config = settings.config
         self.state: TrackedState = create_state(config, self, on_limit)
+        if settings.cancel_on_disconnect:
+            from aioserve._uvicorn.cancelling import CancellableTasks  # only where it is asked for
+
+            self.state.tasks = self._cancellable = CancellableTasks()
         self.acceptor: Acceptor = acceptor(
             listeners,
-            functools.partial(protocols.create_protocol, config, self.state, lifespan, access_log),
+            functools.partial(protocols.create_protocol, config, self.state, lifespan, settings.access_log),
             ssl=config.ssl,
             backlog=config.backlog,
             on_change=condition.notify,
@@ -64,6 +71,8 @@ class Connections:
         self._has_tls = config.ssl is not None
         self._unix_path = listeners[0].path if listeners[0].file_path is not None else None
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
+        if settings.header_timeout is not None:
+            self.state.heads = HeadTimeout(settings.header_timeout, self._closer.close_late)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -142,24 +151,17 @@ class Connections:
         still come is given some time for that, as is a TLS handshake.
         """
         self._closing = True
-        self._watch_handshakes()
+        if self.state.heads is not None:
+            self.state.heads.close()
+            self.state.heads = None  # from here, the `Closer` says how long a client may take
+        self._closer.watch_handshakes()
         self._watch_handlers()
         for connection in list(self.state.connections):
             self._close_if_unneeded(connection)
 
-    def _watch_handshakes(self) -> None:
-        if self.acceptor.pending and self._handshake_timer is None:
-            self._handshake_timer = self._loop.call_later(_limits.TLS_HANDSHAKE, self._look_at_handshakes)
-
-    def _look_at_handshakes(self) -> None:
-        self._handshake_timer = None
-        if self.acceptor.pending:
-            left = self.acceptor.drop_silent(_limits.TLS_HANDSHAKE)
-            self._handshake_timer = self._loop.call_later(left, self._look_at_handshakes)
-
     def _accept_rest(self) -> None:
         self.acceptor.accept_rest()
-        self._watch_handshakes()
+        self._closer.watch_handshakes()
 
     def _close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> None:
         if connection in self.state.connections:
@@ -211,13 +213,13 @@ class Connections:
         for connection in list(self.state.connections) if self._has_tls else ():
             self.acceptor.forget(connection.transport)
         self._closer.close()
-        if self._handshake_timer is not None:
-            self._handshake_timer.cancel()
         self.state.close()
 
     # What uvicorn's protocols tell.
 
     def connection_added(self, connection: Any) -> None:
+        if self._cancellable is not None:
+            self._cancellable.watch_streams(connection)
         if self._unix_path is not None:
             protocols.name_server(connection, self._unix_path)
         if not self._announced:
@@ -231,6 +233,8 @@ class Connections:
             self._watch_handlers_soon()
 
     def connection_removed(self, connection: Any) -> None:
+        if self._cancellable is not None:
+            self._cancellable.cancel_handlers_of(connection)
         if protocols.is_http(connection):
             protocols.cancel_keep_alive_timer(connection)
         else:

@@ -63,9 +63,8 @@ class Engine(ServerTask):
         )
         self.connections: Connections = Connections(
             listeners,
-            config,
+            settings,
             self.lifespan,
-            access_log=settings.access_log,
             condition=self._condition,
             on_limit=self._limit_reached,
             acceptor=acceptor,

@@ -44,6 +44,7 @@ LEAK_TURNS = 10  # for a loop to close what was just released, in a check for le
 FRAMES = 1_000  # of one task that are looked at, to say where a handler waits
 INNER_TASKS = 20  # that are looked into for that
 WRAPPING_COROUTINES = 50  # of a task factory that are looked into to find the handler that they wrap
+CLOSED_AT_ONCE = 100  # connections without a request, before it is the turn of others
 LINGER_READS = 16  # of 64 KiB, before it is the turn of others
 SAME_PORT_ATTEMPTS = 32  # to find a port that is free on several addresses, when any will do
 SHOWN_EXCEPTIONS = 20  # that left the app during one test, in the report of its failure

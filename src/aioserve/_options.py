@@ -47,6 +47,8 @@ class Options(TypedDict, total=False):
     shutdown_timeout: float | None
     drain_delay: float
     disconnect_after: float | None
+    header_timeout: float | None
+    cancel_on_disconnect: bool
     stop_on_signals: bool | Collection[int]
     factory: bool
 
@@ -92,6 +94,7 @@ TIMEOUTS: dict[str, float | None] = {
     "shutdown_timeout": 10.0,
     "drain_delay": 0.0,
     "disconnect_after": None,
+    "header_timeout": 60.0,
 }
 """Each with its default, in seconds."""
 
@@ -106,6 +109,7 @@ DEFAULTS: dict[str, Any] = {
     "systemd": False,
     "ssl": None,
     **TIMEOUTS,
+    "cancel_on_disconnect": False,
     "stop_on_signals": False,
     "log_config": None,
 }
@@ -113,7 +117,7 @@ DEFAULTS: dict[str, Any] = {
 
 LISTEN_OPTIONS = frozenset({"host", "port", "reuse_port", "uds", "uds_mode", "fd", "sockets", "systemd"})
 
-OWN_OPTIONS = frozenset({*LISTEN_OPTIONS, *TIMEOUTS, "ssl", "stop_on_signals"})
+OWN_OPTIONS = frozenset({*LISTEN_OPTIONS, *TIMEOUTS, "ssl", "cancel_on_disconnect", "stop_on_signals"})
 """Those that are not passed to `uvicorn.Config`."""
 
 _RELOAD = "aioserve does not restart processes; use uvicorn --reload, or watchfiles"
@@ -239,8 +243,11 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
 
 
 def _check_timeout(name: str, value: object) -> None:
-    if check_timeout(name, value) is None and name == "drain_delay":
+    seconds = check_timeout(name, value)
+    if seconds is None and name == "drain_delay":
         raise ValueError(f"drain_delay must be a limited number of seconds, not {value!r}")
+    if seconds == 0 and name == "header_timeout":
+        raise ValueError(f"header_timeout must be more than 0 seconds, not {value!r}; None means no limit")
 
 
 def _check_type_and_range(name: str, value: Any) -> None:

@@ -32,7 +32,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Generic, TypeVar, Unpack
 
 from aioserve._engine import Engine
 from aioserve._errors import StartupError, StartupInterruptedError
@@ -45,6 +45,7 @@ from aioserve._server import Server, ServerHandle
 from aioserve._settings import Settings, parse
 from aioserve._signals import Interrupted, Signals
 from aioserve._uvicorn.config import load_config
+from aioserve._waiting import InterruptScope
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
@@ -70,7 +71,7 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
 
     Args:
         app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`. Beside a Config,
-            only `uds_mode`, `stop_on_signals` and aioserve's own timeouts can be given.
+            only `uds_mode`, `cancel_on_disconnect`, `stop_on_signals` and aioserve's own timeouts can be given.
         host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
             ``"127.0.0.1"``.
         port: 0, the default, takes a free one, the same on every address.
@@ -100,12 +101,21 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
         disconnect_after: How long after the drain a handler that waits in `receive()` is told ``http.disconnect``, in
             seconds. The default, `None`, is at the end of the `shutdown_timeout`. Starlette's streaming responses wait
             for it, also those that would end by themselves: 0 cuts downloads short.
+        header_timeout: How long a client may take to send the head of a request, in seconds, from when it is connected,
+            or from the first byte of a later request; up to two seconds longer, since connections are looked at once a
+            second. Then its connection is closed; where bytes had come, with a 408. `None` is no limit. Default: 60.
+        cancel_on_disconnect: Whether to cancel the handler of a request when its client has gone, as far as the loop
+            notices: not while it reads nothing, since the handler leaves a big body unread, or the client has sent
+            more requests. The handler may clean up. A WebSocket's handler is told by `receive()`. Default: `False`.
         stop_on_signals: `True` (SIGINT and SIGTERM, on Windows also SIGBREAK), or the signals that end the block: its
             body is cancelled, and the block ends normally. A second one forces, except SIGHUP, which a closing terminal
             may send twice. Only in the main thread, and only where the loop does not handle the signal already. If the
             app takes one of them over while it starts, a warning is logged: call `Server.close()` in its handler, and
             await `Server.wait_closed()` in the block. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
+        http2: Whether to serve HTTP/2 beside HTTP/1.1: over TLS where a client asks for it (ALPN, which is set on a
+            ready context, too), and in clear text to clients that begin with it. uvicorn's own, experimental since
+            0.50; it needs zttp, and chooses ``http="zttp"``. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
             program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
             as it is. `access_log=False` is for this server only.
@@ -264,50 +274,6 @@ def stop_by_signal(server: ServerHandle, signals: Signals) -> None:
 
 def interrupted(signals: Signals) -> StartupInterruptedError:
     return StartupInterruptedError(f"{signals.first} stopped the server before it had started")
-
-
-class InterruptScope:
-    """
-    A part of the current task that can be cancelled for a reason of aioserve's.
-
-    The cancellation is taken back at the end of the block, so nobody outside sees it.
-    """
-
-    def __init__(self) -> None:
-        self._interrupts = 0
-
-    def begin(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._before = task.cancelling()  # cancellations that came earlier are left alone
-        return self
-
-    def interrupt(self) -> bool:
-        """Cancel the block, from another task or from the loop; return `False` if the task that began it has ended."""
-        # The block cannot end before the cancellation arrives, so it cannot reach later code.
-        was_cancelled = self._task.cancel()
-        self._interrupts += was_cancelled
-        return was_cancelled
-
-    async def __aenter__(self) -> Self:
-        return self.begin()
-
-    async def __aexit__(self, _: object, exc: BaseException | None, __: object) -> bool:
-        if not self._interrupts:
-            return False
-
-        for _ in range(self._interrupts):
-            left = self._task.uncancel()
-        has_others = left > self._before
-        if not isinstance(exc, asyncio.CancelledError):
-            return False
-        # If an anyio scope is cancelled too, both arrive as one CancelledError, which the scope would not recognize as
-        # its own. It raises its own here.
-        from anyio.lowlevel import checkpoint_if_cancelled  # only where something was interrupted
-
-        await checkpoint_if_cancelled()
-        return not has_others  # ours alone is swallowed: what comes next says why
 
 
 class ServingContext(AsyncBlock, Generic[Handle]):

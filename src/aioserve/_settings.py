@@ -36,7 +36,9 @@ class Settings(NamedTuple):
     shutdown_timeout: float | None
     drain_delay: float
     disconnect_after: float | None
+    header_timeout: float | None
     stop_on_signals: tuple[int, ...]
+    cancel_on_disconnect: bool = False
     app_dir: str | None = None
     """Where the command line looks for the app."""
     systemd_states: tuple[str, ...] = ()
@@ -86,6 +88,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
         ssl=options.get("ssl"),
         access_log=access_log,
         stop_on_signals=_signals(options),
+        cancel_on_disconnect=options.get("cancel_on_disconnect", False),
         **_timeouts(options),
     )
     if options.get("log_level") is not None or options.get("access_log"):
@@ -104,7 +107,7 @@ def _check_import_string(app: str) -> None:
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
-    allowed = {*TIMEOUTS, "stop_on_signals"}
+    allowed = {*TIMEOUTS, "cancel_on_disconnect", "stop_on_signals"}
     again = [name for name in options if name not in allowed and not (name == "uds_mode" and config.uds is not None)]
     if again:
         instead = "set it there" if again[0] in _options.config_parameters() else "pass the app instead of the Config"
@@ -134,6 +137,7 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         ssl=None,
         access_log=config.access_log,
         stop_on_signals=_signals(options),
+        cancel_on_disconnect=options.get("cancel_on_disconnect", False),
         **timeouts,
     )
 

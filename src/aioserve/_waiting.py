@@ -9,7 +9,7 @@ import threading
 import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import anyio
 
@@ -226,3 +226,47 @@ class SlowStop:
         self._has_warned = True
         at_most = "without a limit" if left is None else f"for at most {left:.{0 if left >= 2 else 1}f} s"
         logger.warning("%s: the stop waits for %s, %s%s", self._name, what, at_most, self._advice)
+
+
+class InterruptScope:
+    """
+    A part of the current task that can be cancelled for a reason of aioserve's.
+
+    The cancellation is taken back at the end of the block, so nobody outside sees it.
+    """
+
+    def __init__(self) -> None:
+        self._interrupts = 0
+
+    def begin(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._before = task.cancelling()  # cancellations that came earlier are left alone
+        return self
+
+    def interrupt(self) -> bool:
+        """Cancel the block, from another task or from the loop; return `False` if the task that began it has ended."""
+        # The block cannot end before the cancellation arrives, so it cannot reach later code.
+        was_cancelled = self._task.cancel()
+        self._interrupts += was_cancelled
+        return was_cancelled
+
+    async def __aenter__(self) -> Self:
+        return self.begin()
+
+    async def __aexit__(self, _: object, exc: BaseException | None, __: object) -> bool:
+        if not self._interrupts:
+            return False
+
+        for _ in range(self._interrupts):
+            left = self._task.uncancel()
+        has_others = left > self._before
+        if not isinstance(exc, asyncio.CancelledError):
+            return False
+        # If an anyio scope is cancelled too, both arrive as one CancelledError, which the scope would not recognize as
+        # its own. It raises its own here.
+        from anyio.lowlevel import checkpoint_if_cancelled  # only where something was interrupted
+
+        await checkpoint_if_cancelled()
+        return not has_others  # ours alone is swallowed: what comes next says why

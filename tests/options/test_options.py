@@ -28,6 +28,8 @@ OURS = {
     "systemd",
     "ssl",
     "lifespan",
+    "header_timeout",
+    "cancel_on_disconnect",
     "startup_timeout",
     "shutdown_timeout",
     "drain_delay",

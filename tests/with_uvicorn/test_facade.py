@@ -111,10 +111,10 @@ async def test_date_header_is_right_after_a_long_time_without_connections(monkey
         while server.stats.connections:
             await asyncio.sleep(0)
         state = server._engine.connections.state
-        assert state.date_timer is not None
-        state.date_timer.cancel()
-        state.update_date()  # the next second comes, and nobody is connected
-        assert state.date_timer is None
+        assert state.timer is not None
+        state.timer.cancel()
+        state.begin()  # the next second comes, and nobody is connected
+        assert state.timer is None
         now[0] += 3600
         assert shown(await get(server)) == int(now[0])
 
@@ -129,10 +129,10 @@ async def test_date_header_is_kept_right_while_clients_are_connected(monkeypatch
             connection.ask("/")
             await connection.answer()
         state = server._engine.connections.state
-        timer = state.date_timer
+        timer = state.timer
         assert timer is not None
         now[0] += 1
-        state.update_date()  # what the timer calls
+        state.begin()  # what the timer calls
         timer.cancel()
         one.ask("/")
         expected = email.utils.formatdate(now[0], usegmt=True)

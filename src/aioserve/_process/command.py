@@ -81,6 +81,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "App": ("factory", "app_dir", "lifespan", "interface", "root_path"),
     "Addresses": ("host", "port", "uds", "uds_mode", "fd", "systemd", "systemd_name", "reuse_port", "backlog"),
     "Start and stop": ("startup_timeout", "shutdown_timeout", "drain_delay", "disconnect_after", "ready_fd"),
+    "Clients": ("header_timeout", "cancel_on_disconnect", "timeout_keep_alive", "limit_concurrency"),
     "TLS": tuple(name for name in UVICORN_OPTIONS if name.startswith("ssl_")),
     "Logs": ("log_level", "log_config", "access_log", "use_colors"),
     "Program": ("loop", "version", "help", "_click_default_help"),  # the last two are one, by click's version
@@ -108,6 +109,8 @@ OWN_OPTIONS: list[click.Parameter] = [
     _seconds("--shutdown-timeout", "How long requests in flight may take to finish.  [default: 10; none: no limit]"),
     _seconds("--drain-delay", "How long to keep accepting after a stop is asked for.  [default: 0]"),
     _seconds("--disconnect-after", "When receive() returns http.disconnect.  [default: the shutdown timeout]"),
+    _seconds("--header-timeout", "How long a client may take to send a request's head.  [default: 60; none: no limit]"),
+    click.Option(["--cancel-on-disconnect"], is_flag=True, help="Cancel a request's handler when its client is gone."),
     click.Option(
         ["--ready-fd"],
         metavar="NUMBER",

@@ -32,3 +32,20 @@ def last_stream(connection: Any) -> int:
     connection.conn.close()
     goaway: bytes = connection.conn.data_to_send()  # not sent
     return int.from_bytes(goaway[9:13], "big") & (2**31 - 1)
+
+
+def awaited_head(connection: Any) -> object:
+    """
+    Return which head of a request is awaited; `None` for no head, and for a client that is silent between two requests.
+
+    Where something has come since the last stream, it may be the part of a head: uvicorn has set another timer then.
+    """
+    if stream_state(connection) == "busy":
+        return None
+    stream, timer = last_stream(connection), connection.timeout_keep_alive_task
+    if stream == 0:
+        return "first"
+    seen_stream, seen_timer = vars(connection).get("seen_idle", (None, None))
+    if seen_stream != stream:
+        connection.seen_idle = stream, timer
+    return None if seen_stream != stream or seen_timer is timer else stream

@@ -105,6 +105,23 @@ def connection_state(connection: Any) -> ConnectionState:
     return "new" if cycle is None else "idle"
 
 
+def awaited_head(connection: Any) -> object:
+    """
+    Return which head of a request a connection waits for, of which a part may have come; `None` for no head.
+
+    Between two requests, uvicorn's `timeout_keep_alive` has the say until something comes.
+    """
+    if not is_http(connection):
+        return None
+    if http2.is_http2(connection):
+        return http2.awaited_head(connection)
+    state = connection_state(connection)
+    if state == "new":
+        return "first"
+    is_head = state == "partial" and not has_unread_body(connection)
+    return getattr(connection, "cycle", None) or "first" if is_head else None
+
+
 def shows_first_request(connection: Any) -> bool:
     """Whether it can be seen that a part of a first request has been read; not with zttp's HTTP/1."""
     is_decided = hasattr(connection, "cycle")

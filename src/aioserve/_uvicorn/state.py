@@ -1,21 +1,32 @@
 """
-The state that uvicorn's protocols share, which also tells when connections come and go, and keeps the date header.
+The state that uvicorn's protocols share, which also tells when connections come and go.
 
-This costs something once per connection, and nothing per request.
+Once a second it sets the date header and looks for clients that take too long to send the head of a request. This costs
+something once per connection, and nothing per request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from email.utils import formatdate
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from uvicorn.server import ServerState
 
 from aioserve._uvicorn.protocols import Observer
+
+
+class Heads(Protocol):
+    """What looks for clients that take too long to send the head of a request."""
+
+    interval: float
+    """Seconds between two looks."""
+
+    def look(self, connections: Iterable[Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 def create_state(config: uvicorn.Config, observer: Observer, on_limit: Callable[[int], None]) -> TrackedState:
@@ -30,26 +41,41 @@ def create_state(config: uvicorn.Config, observer: Observer, on_limit: Callable[
 class TrackedState(ServerState):
     """uvicorn's state, with an observer of its connections."""
 
+    heads: Heads | None = None
+
     def __init__(self, config: uvicorn.Config, observer: Observer) -> None:
         super().__init__()
         self._config = config
         self.connections: set[Any] = _ObservedConnections(self, observer)
         self.default_headers: list[tuple[bytes, bytes]] = config.encoded_headers
-        self.date_timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
-    def update_date(self) -> None:
+    def begin(self) -> None:
         """Set the date header, now and then once a second: by one timer, and by none when nobody is connected."""
-        if not self.connections or not self._config.date_header:
-            self.date_timer = None
+        self.timer = None
+        if not self.connections:
             return
-        date = (b"date", formatdate(time.time(), usegmt=True).encode())
-        self.default_headers = [date, *self._config.encoded_headers]
-        self.date_timer = asyncio.get_running_loop().call_later(1.0, self.update_date)
+        interval = 1.0
+        if self._config.date_header:
+            date = (b"date", formatdate(time.time(), usegmt=True).encode())
+            self.default_headers = [date, *self._config.encoded_headers]
+        if self.heads is not None:
+            interval = self.heads.interval
+        elif not self._config.date_header:
+            return
+        self.timer = asyncio.get_running_loop().call_later(interval, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.heads is not None:
+            self.heads.look(self.connections)
+        self.begin()
 
     def close(self) -> None:
         """Cancel the timer and break the reference cycle with the observer."""
-        if self.date_timer is not None:
-            self.date_timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.heads is not None:
+            self.heads.close()
         if not self.connections:
             self.connections = set()
 
@@ -87,8 +113,8 @@ class _ObservedConnections(set[Any]):
     def add(self, connection: Any) -> None:
         super().add(connection)
         self._observer.connection_added(connection)
-        if self._state.date_timer is None:
-            self._state.update_date()
+        if self._state.timer is None:
+            self._state.begin()
 
     def discard(self, connection: Any) -> None:
         super().discard(connection)
