@@ -163,8 +163,8 @@ def load_config(config: uvicorn.Config, ssl_context: ssl.SSLContext | None = Non
         _load(config, app_dir)
     if ssl_context is not None:
         config.ssl = ssl_context
-        if getattr(config, "http2", False):
-            ssl_context.set_alpn_protocols(["h2", "http/1.1"])
+        if protocols := getattr(config.http_protocol_class, "alpn_protocols", None):  # HTTP/2's
+            ssl_context.set_alpn_protocols(protocols)
 
 
 def _load(config: uvicorn.Config, app_dir: str | None) -> None:
@@ -178,6 +178,8 @@ def _load(config: uvicorn.Config, app_dir: str | None) -> None:
     interface = config.interface
     behind_proxies, config.proxy_headers = config.proxy_headers, False  # done below
     try:
+        if getattr(config, "http2", False):
+            import_from_string("uvicorn.protocols.http.auto_zttp_impl:AutoZttpProtocol")  # before the app's own code
         if isinstance(config.app, str):
             imported = _import(config.app, app_dir)  # before uvicorn does it, and logs what it raises
             _check_app(app, imported, factory=config.factory, interface=interface)
