@@ -54,10 +54,11 @@ class Handshake(asyncio.Protocol):
         self.is_lost = True
 
     def complete(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
-        """Hand the connection to its real protocol."""
+        """Hand the connection to its real protocol, which may put another one in its place."""
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         if self._received:
+            protocol = transport.get_protocol()  # type: ignore[assignment]
             protocol.data_received(bytes(self._received))
 
 

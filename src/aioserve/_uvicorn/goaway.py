@@ -111,7 +111,7 @@ class _ClosingHeaders(list[tuple[bytes, bytes]]):
         return super().__iter__()
 
 
-@functools.cache
+@functools.lru_cache
 def _closing_class(http2_class: type[Any]) -> type[Any]:
     from zttp import Ping
 
