@@ -10,15 +10,19 @@ import asyncio
 import os
 import re
 import signal
+import ssl
 from pathlib import Path
 
 import pytest
+import trustme
 from playwright.async_api import async_playwright
 from playwright.sync_api import Page, sync_playwright
 
-from aioserve import Swappable, serving
+from aioserve import Swappable, serving, start
 from aioserve.demo import Worker, make_app
+from tests.helpers.apps import App
 from tests.helpers.programs import Program
+from tests.helpers.turns import turns
 from tests.integration.conftest import program
 
 pytestmark = pytest.mark.timeout(180)  # a browser takes seconds to start, and more on a busy machine
@@ -126,3 +130,38 @@ async def test_browser_and_server_can_share_a_loop() -> None:
         assert "no server" not in await page.evaluate("() => window.seen.count")
         await browser.close()
     working.cancel()
+
+
+async def test_http2_of_a_browser(authority: trustme.CA) -> None:
+    """It asks for it over TLS; in a stop, it gets all answers on one connection; its event stream ends, too."""
+    pytest.importorskip("zttp", reason="uvicorn's HTTP/2 needs zttp")
+    app = App()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    async with async_playwright() as playwright:
+        server = await start(app, http2=True, ssl=context, shutdown_timeout=60)
+        browser = await playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
+        page = await browser.new_page(ignore_https_errors=True)
+        await page.goto(server.url)
+        navigation = "() => performance.getEntriesByType('navigation')[0].nextHopProtocol"
+        assert await page.evaluate(navigation) == "h2"
+        await page.evaluate(
+            "() => { window.errors = 0; const events = new EventSource('/stream');"
+            " events.onerror = () => { window.errors += 1; events.close() } }"
+        )
+        await page.evaluate(
+            "() => { window.answers = Promise.all([...Array(20).keys()].map("
+            " number => fetch('/hold?' + number).then(response => response.text(), String))) }"
+        )
+        while app.events.count("GET /hold") < 20 or "GET /stream" not in app.events:
+            await asyncio.sleep(0.01)
+        assert server.stats.connections == 1
+        closing = asyncio.create_task(server.aclose())
+        await turns(10)
+        app.release.set()
+        await closing
+        assert await page.evaluate("() => window.answers") == ["hello"] * 20
+        await page.wait_for_function("() => window.errors == 1")
+        await browser.close()
+    assert server.report is not None
+    assert not server.report.was_forced
