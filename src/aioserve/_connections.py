@@ -69,7 +69,7 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         self._condition = condition
         self._has_tls = config.ssl is not None
-        self._unix_path = listeners[0].path if listeners[0].file_path is not None else None
+        self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
         if settings.header_timeout is not None:
             self.state.heads = HeadTimeout(settings.header_timeout, self._closer.close_late)
@@ -220,8 +220,8 @@ class Connections:
     def connection_added(self, connection: Any) -> None:
         if self._cancellable is not None:
             self._cancellable.watch_streams(connection)
-        if self._unix_path is not None:
-            protocols.name_server(connection, self._unix_path)
+        if self._renamed:
+            protocols.name_server(connection, {each.bound_as: each.path for each in self._renamed})
         if not self._announced:
             return
         announce_close(connection, self, _closing_state(connection))

@@ -221,15 +221,9 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
         for name in _NOT_ON_WINDOWS:
             if options.get(name) is not None and options[name] is not False:
                 raise ValueError(f"{name} is not supported on Windows")
-    kinds = [name for name in ("uds", "fd", "sockets") if options.get(name) is not None]
-    kinds += [name for name in ("host", "port") if name in options]
-    if options.get("reuse_port") is True:
-        kinds.append("reuse_port")
-        if not hasattr(socket, "SO_REUSEPORT"):
-            raise ValueError("reuse_port is not supported on this platform")
-    if len(kinds) > 1 and kinds[0] in ("uds", "fd", "sockets"):
-        raise TypeError(f"pass either {kinds[0]} or {kinds[1]}, not both")
-    if "uds_mode" in options and "uds" not in kinds:
+    if options.get("reuse_port") is True and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("reuse_port is not supported on this platform")
+    if "uds_mode" in options and options.get("uds") is None:
         raise TypeError("uds_mode requires uds")
     if options.get("ssl") is not None:
         for name in options:

@@ -43,7 +43,7 @@ class ServerHandle:
 
     @property
     def urls(self) -> list[str]:
-        """The same for every address that it listens on."""
+        """The same for all that it listens on, in the order TCP, `uds`, `fd`, `sockets`, systemd."""
         return list(self._engine.urls)
 
     @property
@@ -57,7 +57,7 @@ class ServerHandle:
         The first address that it is bound to, as the system gives it.
 
         Raises:
-            AttributeError: It listens on a Unix socket; ``getattr(server, "host", None)`` is `None` then.
+            AttributeError: It listens on Unix sockets only; ``getattr(server, "host", None)`` is `None` then.
         """
         return self._first_address()[0]
 
@@ -67,7 +67,7 @@ class ServerHandle:
         The port of the first address: the real one where 0 was asked for.
 
         Raises:
-            AttributeError: It listens on a Unix socket; ``getattr(server, "port", None)`` is `None` then.
+            AttributeError: It listens on Unix sockets only; ``getattr(server, "port", None)`` is `None` then.
         """
         return self._first_address()[1]
 
@@ -211,10 +211,10 @@ class ServerHandle:
         raise TypeError(f"an aioserve.{type(self).__name__} cannot be pickled; pass its url instead")
 
     def _first_address(self) -> tuple[str, int]:
-        first = self._engine.listeners[0]
-        if first.host is None or first.port is None:
-            raise AttributeError(f"a server on a Unix socket has no host and no port; its url is {self.url!r}")
-        return first.host, first.port
+        for each in self._engine.listeners:
+            if each.host is not None and each.port is not None:
+                return each.host, each.port
+        raise AttributeError(f"a server on a Unix socket has no host and no port; its url is {self.url!r}")
 
     def _status(self) -> str:
         raise NotImplementedError

@@ -65,32 +65,37 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
     The block begins when the app has started and the port is open. However the block ends, the server stops
     gracefully: it stops accepting, answers the requests in flight, ends the app's lifespan, and leaves nothing behind.
 
+    `host` and `port`, `uds`, `fd`, `sockets` and `systemd` can be combined: one app with one lifespan on all these
+    listeners, and one stop. If one of them fails, the start fails, and none is left. TCP is opened if `host`, `port` or
+    `reuse_port` is given, or nothing else to listen on.
+
     If the app's lifespan dies while the body runs, the body is cancelled and `ServerCrashedError` is raised. A server
     that is asked to close (by a handler, or by `Server.close()`) does not end the block; to end it then, await
     `Server.wait_closed()` in it.
 
     Args:
         app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`. Beside a Config,
-            only `uds_mode`, `cancel_on_disconnect`, `stop_on_signals` and aioserve's own timeouts can be given.
+            only `sockets` (in place of the Config's own address, as with uvicorn's ``Server.serve(sockets=...)``),
+            `uds_mode`, `cancel_on_disconnect`, `stop_on_signals` and aioserve's own timeouts can be given.
         host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
             ``"127.0.0.1"``.
         port: 0, the default, takes a free one, the same on every address.
         reuse_port: Whether other programs of yours may listen on the same port; the kernel gives each its share of the
             connections. Default: `False`.
-        uds: The path of a Unix socket, in place of a host and a port. A stale socket file there is replaced, anything
-            else is refused; the file is removed at the end. Default: `None`.
+        uds: The path of a Unix socket. A stale socket file there is replaced, anything else is refused; the file is
+            removed at the end. Default: `None`.
         uds_mode: The permissions of that file; to connect, a client needs the right to write. Default: 0o600.
-        fd: The descriptor of a listening socket, TCP or Unix, in place of a host and a port. A duplicate is used; yours
-            stays open. Default: `None`.
-        sockets: Bound sockets to accept on, TCP or Unix, in place of a host and a port. They are lent: they are never
-            closed, and what waits in their queue at the end is left to their next user. Default: `None`.
-        systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``); if there are none, on those of
-            the other options, if given. A string is the name of one of them. Where systemd asks for it
+        fd: The descriptor of a listening socket, TCP or Unix. A duplicate is used; yours stays open. Default: `None`.
+        sockets: Bound sockets to accept on, TCP or Unix. They are lent: they are never closed, and what waits in their
+            queue at the end is left to their next user. Default: `None`.
+        systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``). If there are some, they take the
+            place of `host`, `port` and `uds`, which are for a start without systemd; `fd` and `sockets` are served in
+            both cases. A string is the name of one of them. Where systemd asks for it
             (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops, and its watchdog
             (``WATCHDOG_USEC``) is answered from the loop until the server has closed, so that it kills a program
             whose loop is blocked; a server with a named socket reports only that it is ready. Default: `False`.
-        ssl: A ready `ssl.SSLContext`. You can load new certificates into it while the server runs. Default: `None`;
-            uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
+        ssl: A ready `ssl.SSLContext`, for all listeners. You can load new certificates into it while the server runs.
+            Default: `None`; uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
         lifespan: ``"auto"``, the default: an app may have no lifespan, but one that began it and raised has failed.
             ``"on"``: every exception is a failure. ``"off"``: the app's lifespan is not run.
         startup_timeout: How long the app's startup may take, in seconds; `None` is no limit. Default: 60.

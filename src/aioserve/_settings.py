@@ -107,8 +107,15 @@ def _check_import_string(app: str) -> None:
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
-    allowed = {*TIMEOUTS, "cancel_on_disconnect", "stop_on_signals"}
-    again = [name for name in options if name not in allowed and not (name == "uds_mode" and config.uds is not None)]
+    where: dict[str, Any] = {"host": config.host, "port": config.port}  # the order is uvicorn's
+    if options.get("sockets") is not None:
+        where = {"sockets": options["sockets"]}
+    elif config.fd is not None:
+        where = {"fd": config.fd}
+    elif config.uds is not None:
+        where = {"uds": config.uds, "uds_mode": options.get("uds_mode", _UDS_MODE)}
+    allowed = {*TIMEOUTS, "cancel_on_disconnect", "stop_on_signals", "sockets"}
+    again = [name for name in options if name not in allowed and not (name == "uds_mode" and "uds" in where)]
     if again:
         instead = "set it there" if again[0] in _options.config_parameters() else "pass the app instead of the Config"
         raise TypeError(f"{again[0]} cannot be given together with a uvicorn.Config; {instead}")
@@ -119,11 +126,6 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
         timeout = check_timeout("timeout_graceful_shutdown", config.timeout_graceful_shutdown)
         timeouts = timeouts | {"shutdown_timeout": timeout}
 
-    where: dict[str, Any] = {"host": config.host, "port": config.port}  # the order is uvicorn's
-    if config.fd is not None:
-        where = {"fd": config.fd}
-    elif config.uds is not None:
-        where = {"uds": config.uds, "uds_mode": options.get("uds_mode", _UDS_MODE)}
     if getattr(config, "http2", False):
         where |= {"http2": True, "http": config.http}
     _options.check_values({**where, **{name: options[name] for name in allowed & options.keys()}})
@@ -145,29 +147,25 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
 def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
     if options.keys().isdisjoint(_options.LISTEN_OPTIONS):
         return _BIND_FREE_PORT
-    systemd = options.get("systemd", False)
-    kind = next((name for name in ("uds", "fd", "sockets") if options.get(name) is not None), None)
-    match kind:
-        case "uds":
-            path, mode = os.fspath(options["uds"]), options.get("uds_mode", _UDS_MODE)
-            bind: listeners.Bind = partial(listeners.prepare_path, path, mode)
-        case "fd":
-            bind = partial(listeners.duplicate_descriptors, [options["fd"]])
-        case "sockets":
-            bind = partial(listeners.duplicate_sockets, options["sockets"])
-        case _:
-            host, port, shared = options.get("host", _HOST), options.get("port", 0), options.get("reuse_port", False)
-            bind = partial(listeners.bind_addresses, host, port, reuse_port=shared)
-            if systemd:
-                bind = partial(bind, hint_if_busy="systemd's socket or another process listens there")
+    systemd = options.get("systemd") or False
+    uds, fd, sockets = (options.get(name) for name in ("uds", "fd", "sockets"))
+    lent: list[listeners.Bind] = []
+    if fd is not None:
+        lent.append(partial(listeners.duplicate_descriptors, [fd]))
+    if sockets is not None:
+        lent.append(partial(listeners.duplicate_sockets, sockets))
 
-    if systemd is False or systemd is None:
-        return bind
-    if kind in ("fd", "sockets"):
-        raise TypeError(f"pass either systemd or {kind}, not both")
-    has_fallback = kind is not None or "host" in options or "port" in options or options.get("reuse_port")
-    name = None if systemd is True else systemd
-    return partial(listeners.duplicate_systemd_sockets, name, bind if has_fallback else None)
+    own: list[listeners.Bind] = []
+    wants_tcp = "host" in options or "port" in options or options.get("reuse_port", False)
+    if wants_tcp or not (uds is not None or lent or systemd):
+        host, port, shared = options.get("host", _HOST), options.get("port", 0), options.get("reuse_port", False)
+        hint = {"hint_if_busy": "systemd's socket or another process listens there"} if systemd else {}
+        own.append(partial(listeners.bind_addresses, host, port, reuse_port=shared, **hint))
+    if uds is not None:
+        own.append(partial(listeners.prepare_path, os.fspath(uds), options.get("uds_mode", _UDS_MODE)))
+    if systemd:
+        return partial(listeners.bind_with_systemd, None if systemd is True else systemd, lent, own)
+    return partial(listeners.bind_all, [*own, *lent])
 
 
 def _notifications(systemd: bool | str) -> dict[str, Any]:

@@ -109,12 +109,12 @@ class ThreadServer:
 
     @property
     def host(self) -> str:
-        """The first address that it is bound to, as `Server.host`; on a Unix socket, an `AttributeError` is raised."""
+        """The first address that it is bound to, as `Server.host`; on Unix sockets only, an `AttributeError`."""
         return self._server.host
 
     @property
     def port(self) -> int:
-        """The port of the first address, as `Server.port`; on a Unix socket, an `AttributeError` is raised."""
+        """The port of the first address, as `Server.port`; on Unix sockets only, an `AttributeError`."""
         return self._server.port
 
     @property

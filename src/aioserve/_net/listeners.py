@@ -69,6 +69,8 @@ class Listener:
         self.port: int | None = None
         self.path: str | bytes | None = None
         """The path of a Unix socket, or its abstract name as bytes."""
+        self.bound_as: str | bytes | None = None
+        """What the system calls a Unix socket, where that is not its path."""
         address = sock.getsockname() if path is None else path
         if isinstance(address, tuple):
             self.host, self.port, *rest = address
@@ -76,6 +78,8 @@ class Listener:
                 self.host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
         else:  # absolute, since the program may change its working directory
             self.path = os.path.join(os.getcwd(), address) if isinstance(address, str) else address
+            if path is None and (bound := socket.socket.getsockname(sock)) != address:
+                self.bound_as = bound
 
     def listen(self, backlog: int) -> None:
         """Listen from now on; an `OSError` says where it cannot. The file of a Unix socket appears."""
@@ -83,6 +87,7 @@ class Listener:
             from aioserve._net import unix  # only where it is needed
 
             self._remove_file = unix.listen(self.socket, self.file_path, self.mode, backlog).remove
+            self.bound_as = socket.socket.getsockname(self.socket)
             return
         try:
             if (
@@ -98,7 +103,8 @@ class Listener:
 
     def error(self, exc: OSError, hint: str | None) -> OSError:
         """Return an error that says where it cannot listen."""
-        return _cannot_listen(self._name or _where(self.host or "", self.port or 0), exc, hint)
+        where = self._name or (str(self.path) if self.host is None else _where(self.host, self.port or 0))
+        return _cannot_listen(where, exc, hint)
 
     def url(self, scheme: str) -> str:
         """Return the URL for clients on this machine: a wildcard becomes loopback, IPv6 is in brackets."""
@@ -176,32 +182,43 @@ async def duplicate_sockets(sockets: Sequence[socket.socket]) -> list[Listener]:
     The originals stay open. They stay non-blocking, too: a socket shares that with all its duplicates, and setting it
     back would block the loop of any other server that has one.
     """
-    for sock in sockets:
-        sock.setblocking(False)
-    return _duplicates((repr(sock), sock.dup) for sock in sockets)
+    return _duplicates((repr(sock), partial(_duplicate_socket, sock)) for sock in sockets)
 
 
 async def duplicate_descriptors(descriptors: Sequence[int]) -> list[Listener]:
     return _duplicates((f"descriptor {each}", partial(_duplicate, each)) for each in descriptors)
 
 
-async def duplicate_systemd_sockets(name: str | None, fallback: Bind | None) -> list[Listener]:
-    """Take systemd's sockets, with one `FileDescriptorName` or any; if there are none, the fallback."""
+async def bind_all(kinds: Iterable[Bind]) -> list[Listener]:
+    """Make the listeners of several kinds, or none of them."""
+    made: list[Listener] = []
+    try:
+        for bind in kinds:
+            made += await bind()
+    except BaseException:
+        for each in made:
+            each.close()
+        raise
+    return made
+
+
+async def bind_with_systemd(name: str | None, lent: Sequence[Bind], own: Sequence[Bind]) -> list[Listener]:
+    """Take what is lent and systemd's sockets, with one `FileDescriptorName` or any; without any, what is our own."""
     from aioserve._net import systemd  # only where it is needed
 
     if descriptors := systemd.listen_fds(name):
-        duplicates = await duplicate_descriptors(descriptors)
+        made = await bind_all([*lent, partial(duplicate_descriptors, descriptors)])
         for each in descriptors:
             os.set_inheritable(each, False)  # they are for this process, and not for all that it starts
-        return duplicates
+        return made
     systemd.warn_if_for_another_process()
     named = "" if name is None else f" named {name!r}"
     if name is not None and systemd.listen_fds():
         named += f" (only {', '.join(map(repr, systemd.names()))})"
-        if fallback is not None:
+        if own or lent:
             logger.warning("systemd has passed no socket%s; listening on the address that was given as well", named)
-    if fallback is not None:
-        return await fallback()
+    if own or lent:
+        return await bind_all([*own, *lent])
     raise OSError(
         errno.ENOENT,
         f"systemd has passed no socket{named} to this process (see LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES in its "
@@ -256,6 +273,11 @@ def _where(host: str, port: int) -> str:
 
 def _cannot_listen(where: str, exc: OSError, hint: str | None) -> OSError:
     return OSError(exc.errno, f"cannot listen on {where}: {exc.strerror}{f'; {hint}' if hint else ''}")
+
+
+def _duplicate_socket(sock: socket.socket) -> socket.socket:
+    sock.setblocking(False)
+    return sock.dup()
 
 
 def _duplicate(descriptor: int) -> socket.socket:

@@ -99,9 +99,16 @@ OWN_OPTIONS: list[click.Parameter] = [
     click.Option(["--app-dir"], default="", help="Look for APP in this directory.  [default: the current directory]"),
     click.Option(["--host"], multiple=True, help="A name or an address; can be repeated.  [default: 127.0.0.1]"),
     click.Option(["--port"], type=int, help="0 takes a free port, the same on every address.  [default: 8000]"),
-    click.Option(["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, not on TCP."),
+    click.Option(
+        ["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, and not on TCP without --host or --port."
+    ),
     click.Option(["--uds-mode"], type=octal, help="Mode of the socket file, like 660.  [default: 600]"),
-    click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on this inherited descriptor."),
+    click.Option(
+        ["--fd"],
+        metavar="NUMBER",
+        type=descriptor,
+        help="Listen on this inherited descriptor, and not on TCP without --host or --port.",
+    ),
     click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets, notify it, and answer its watchdog."),
     click.Option(["--systemd-name"], metavar="NAME", help="Only sockets with this FileDescriptorName."),
     click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),
@@ -175,7 +182,7 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
         options["headers"] = [tuple(header.split(":", 1)) for header in options["headers"]]
     if "systemd_name" in options:
         options["systemd"] = options.pop("systemd_name")
-    if options.keys().isdisjoint(("uds", "fd", "systemd")):
+    if options.keys().isdisjoint(("uds", "fd", "systemd")) or not options.keys().isdisjoint(("host", "reuse_port")):
         options.setdefault("port", 8000)
     try:
         settings = parse(app, options)

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -62,16 +62,20 @@ def create_protocol(
     return protocol  # type: ignore[no-any-return]
 
 
-def name_server(connection: Any, path: str | bytes) -> None:
-    """Let `scope["server"]` have the path of a Unix socket, which was bound by another name than it has now."""
-    connection.__class__ = _named_class(type(connection), path)  # type: ignore[arg-type]
+def name_server(connection: Any, paths: Mapping[Any, str | bytes | None]) -> None:
+    """Let `scope["server"]` have the path of a Unix socket, by the name by which that was bound."""
+    connection.server_paths = paths
+    connection.__class__ = _named_class(type(connection))  # type: ignore[arg-type]
 
 
 @functools.lru_cache
-def _named_class(protocol_class: type[Any], path: str | bytes) -> type[Any]:
+def _named_class(protocol_class: type[Any]) -> type[Any]:
+    def set_server(self: Any, server: Any) -> None:
+        path = self.server_paths.get(self.transport.get_extra_info("sockname"))  # uvicorn 0.40 has no name for it
+        self.server_name = server if path is None else (path, None)
+
     class Named(protocol_class):  # type: ignore[misc]
-        server_name = (path, None)
-        server = property(operator.attrgetter("server_name"), lambda _self, _value: None)  # no Python call to read it
+        server = property(operator.attrgetter("server_name"), set_server)  # no Python call to read it
 
     return Named
 

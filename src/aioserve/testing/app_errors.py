@@ -154,7 +154,7 @@ class RaisingTransport:
         self._engine = server._engine
         self._places = {urlsplit(url).netloc for url in server.urls}
         self._places |= {f"localhost:{listener.port}" for listener in self._engine.listeners}
-        self._is_unix = any(listener.port is None for listener in self._engine.listeners)
+        self._is_unix = self._engine.listeners[0].port is None  # a client uses the first URL
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request, or raise what the app raises."""
