@@ -165,7 +165,8 @@ def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
         own.append(partial(listeners.prepare_path, os.fspath(uds), options.get("uds_mode", _UDS_MODE)))
     if systemd:
         return partial(listeners.bind_with_systemd, None if systemd is True else systemd, lent, own)
-    return partial(listeners.bind_all, [*own, *lent])
+    kinds = [*own, *lent]
+    return kinds[0] if len(kinds) == 1 else partial(listeners.bind_all, kinds)
 
 
 def _notifications(systemd: bool | str) -> dict[str, Any]:

@@ -98,6 +98,41 @@ def test_command_serves_on_a_unix_socket(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_command_serves_on_several_kinds_of_listeners(tmp_path: Path) -> None:
+    """It prints and logs all URLs, and the descriptor that waits for them gets them."""
+    path = tmp_path / "app.sock"
+    reading, writing = os.pipe()
+    with open(reading) as reader, socket.create_server(("127.0.0.1", 0)) as lent:
+        fds = (lent.fileno(), writing)
+        options = ("--port=0", f"--uds={path}", f"--fd={fds[0]}", f"--ready-fd={writing}")
+        with command("tests.helpers.apps:factory", "--factory", *options, pass_fds=fds) as program:
+            os.close(writing)
+            ready = json.loads(reader.readline())
+            program.wait_for(lent_url := f"http://127.0.0.1:{lent.getsockname()[1]}")
+            url = f"http://127.0.0.1:{ready['port']}"
+            assert program.said == ready["urls"] == [url, f"http+unix://{str(path).replace('/', '%2F')}", lent_url]
+            assert ready["url"] == url
+            assert httpx.get(url, trust_env=False).text == httpx.get(lent_url, trust_env=False).text == "hello"
+            program.send(signal.SIGTERM)
+            code, err = program.end()
+    assert code == 0
+    for where in (url, f"unix socket {path}", lent_url):
+        assert f"INFO:     Uvicorn running on {where} (Press CTRL+C to quit)\n" in err
+    assert f"INFO:     Closed {', '.join(ready['urls'])}\n" in err
+    assert not path.exists()
+
+
+def test_command_with_a_listener_that_fails_leaves_no_other(tmp_path: Path) -> None:
+    """One line says which."""
+    path = tmp_path / "app.sock"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, err = refused("tests.helpers.apps:factory", "--factory", f"--port={port}", f"--uds={path}")
+    assert code == 3
+    assert err.startswith(f"aioserve: cannot start: cannot listen on 127.0.0.1:{port}: Address already in use")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_command_serves_on_a_descriptor() -> None:
     """The descriptor stays open."""
     with socket.create_server(("127.0.0.1", 0)) as lent:
@@ -388,6 +423,9 @@ def test_every_option_of_serving_has_a_command_line_option() -> None:
         (["--no-access-log", "--log-level=warning"], {"access_log": False, "log_level": "warning"}),
         (["--limit-max-requests=5", "--ws=none"], {"limit_max_requests": 5, "ws": "none"}),
         (["--host=::1", "--port=1"], {"host": ("::1",), "port": 1}),
+        (["--uds=x", "--host=::1"], {"uds": "x", "host": ("::1",)}),
+        (["--systemd", "--reuse-port"], {"systemd": True, "reuse_port": True}),
+        (["--uds=x", "--systemd"], {"uds": "x", "systemd": True, "port": None}),
     ],
 )
 def test_options_of_the_command_line_are_passed_to_serving(
@@ -408,7 +446,7 @@ def test_options_of_the_command_line_are_passed_to_serving(
     __main__.command.main(["a:b", *arguments], standalone_mode=False)
     assert given.pop("stop_on_signals") is True
     assert given.pop("log_config")["loggers"]["aioserve"]["handlers"] == ["default"]
-    assert given == {"port": 8000, **expected}
+    assert {"port": None, **given} == {"port": 8000, **expected}
 
 
 def test_app_is_imported_from_the_current_directory_or_app_dir(tmp_path: Path) -> None:

@@ -110,6 +110,45 @@ async def test_unix_socket_is_removed_when_the_child_ends(tmp_path: Path) -> Non
     assert not path.exists()
 
 
+@pytest.mark.parametrize("killed", [False, True])
+async def test_child_serves_several_kinds_of_listeners(killed: bool, tmp_path: Path) -> None:
+    """None of ours is left when it has ended, also if it was killed; what was lent stays open."""
+    path = tmp_path / "app.sock"
+    with socket.socket() as lent, contextlib.ExitStack() as expected:
+        lent.bind(("127.0.0.1", 0))
+        if killed:
+            expected.enter_context(pytest.raises(ServerCrashedError))
+        async with serving_process(TALKING, port=0, uds=path, sockets=[lent], uds_mode=0o640) as server:
+            assert (await get(server)).text == "hello"
+            assert server.urls == [
+                f"http://127.0.0.1:{server.port}",
+                f"http+unix://{str(path).replace('/', '%2F')}",
+                f"http://127.0.0.1:{lent.getsockname()[1]}",
+            ]
+            assert path.stat().st_mode & 0o777 == 0o640
+            async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path))) as client:
+                assert (await client.get("http://test/")).text == "hello"
+            async with httpx.AsyncClient(trust_env=False) as client:
+                assert (await client.get(server.urls[2])).text == "hello"
+            port = server.port
+            if killed:
+                os.kill(server.pid, signal.SIGKILL)
+                await asyncio.Event().wait()
+        assert lent.fileno() >= 0
+    assert is_free(port)
+    assert not path.exists()
+
+
+async def test_child_whose_second_listener_cannot_be_bound_is_not_started(tmp_path: Path) -> None:
+    """The first one is free again, and the error is raised here."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        async with serving_process(TALKING, port=port, uds=tmp_path / "nowhere" / "app.sock"):
+            raise AssertionError("the body ran")
+    assert is_free(port)
+
+
 async def test_several_child_processes_serve_at_once() -> None:
     """Each is a process of its own."""
     async with serving_process(TALKING) as one, serving_process(TALKING) as two:

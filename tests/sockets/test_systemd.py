@@ -5,11 +5,14 @@ The two protocols of systemd: passing sockets, and notification. `tests/integrat
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from aioserve import StartupError, serving, start
@@ -77,6 +80,41 @@ async def test_sockets_of_systemd_replace_the_other_address_options(handed_down:
     """The other options are for a start without systemd."""
     async with serving(App(), systemd=True, port=1) as server:
         assert server.port == ports(handed_down)[0]
+
+
+async def test_lent_sockets_are_served_beside_those_of_systemd(
+    handed_down: list[socket.socket], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Systemd's come last; without systemd they are served too, and behind the other address options."""
+    with bound() as lent, bound() as other:
+        options: dict[str, Any] = {"systemd": True, "fd": lent.fileno(), "sockets": [other]}
+        path = tmp_path / "app.sock"
+        async with serving(App(), port=1, uds=path, **options) as server:
+            assert ports(list(server.sockets)) == ports([lent, other, *handed_down])
+            assert not path.exists()
+            for url in server.urls:
+                async with httpx.AsyncClient(trust_env=False) as client:
+                    assert (await client.get(url)).text == "hello"
+        monkeypatch.setenv("LISTEN_FDS", "0")
+        async with serving(App(), **options) as server:
+            assert ports(list(server.sockets)) == ports([lent, other])
+        async with serving(App(), port=0, uds=path, **options) as server:
+            assert ports([server.sockets[0], *server.sockets[2:]]) == [server.port, *ports([lent, other])]
+            assert path.exists()
+
+
+async def test_lent_socket_that_fails_beside_systemd_leaves_nothing(handed_down: list[socket.socket]) -> None:
+    """And the other way round; systemd's stay open."""
+    with bound() as lent, socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as connection:
+            with pytest.raises(OSError, match="it is a connection"):
+                await start(App(), systemd=True, sockets=[lent, connection])
+            os.dup2(connection.fileno(), 501)
+            with pytest.raises(OSError, match=r"cannot listen on descriptor 501: .*it is a connection"):
+                await start(App(), systemd=True, sockets=[lent])
+        for address in (lent.getsockname(), handed_down[0].getsockname()):
+            with socket.socket() as client:
+                assert client.connect_ex(address) == errno.ECONNREFUSED
 
 
 async def test_other_address_options_are_used_without_systemd(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ async def test_child_keeps_what_was_lent(kind: str, path: str) -> None:
             client.connect(address)
 
 
+async def test_child_keeps_none_of_several_listeners(path: str) -> None:
+    """But for what was lent, which is listened on by a duplicate."""
+    with socket.socket() as lent:
+        lent.bind(("127.0.0.1", 0))
+        async with serving(App(), port=0, uds=path, sockets=[lent]) as server:
+            addresses = [("127.0.0.1", server.port), path, lent.getsockname()]
+            assert [open_at(each) for each in addresses] == [1, 1, 2]
+            assert in_child(lambda: [open_at(each) for each in addresses]) == [0, 0, 1]
+
+
 async def test_child_keeps_a_socket_that_is_meant_for_it() -> None:
     """A duplicate is the program's; and one that is inheritable is meant for children."""
     async with serving(App()) as server:

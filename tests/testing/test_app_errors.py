@@ -5,6 +5,7 @@ What leaves the app is raised by the request of `aioserve.testing.client()` that
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -88,6 +89,22 @@ async def test_exception_of_the_app_is_raised_by_its_own_request(
     assert not app_errors._sent
     assert not app_errors._running
     assert not app_errors._untaken
+
+
+@not_portable.unix_sockets
+async def test_client_uses_the_first_listener(tmp_path: Path) -> None:
+    """And raises what leaves the app."""
+    app = Raises()
+    async with testing.server(app, port=0, uds=tmp_path / "app.sock") as server, testing.client(server) as client:
+        assert str(client.base_url) == server.url == f"http://127.0.0.1:{server.port}"
+        assert await raised_by(client, "/") is app.raised["/"]
+    with socket.socket() as lent:
+        lent.bind(("127.0.0.1", 0))
+        async with testing.server(app, uds=tmp_path / "app.sock", sockets=[lent]) as server:
+            assert server.port == lent.getsockname()[1]
+            async with testing.client(server) as client:
+                assert await raised_by(client, "/unix") is app.raised["/unix"]
+            assert app.scopes[-1]["client"] is None
 
 
 @pytest.mark.parametrize("sent", [1, 2])
@@ -233,8 +250,10 @@ async def test_server_on_the_same_port_of_another_address_gets_no_header_of_ours
     assert all(name != b"aioserve-request" for name, _ in scope["headers"])
 
 
-async def test_other_servers_get_no_header_of_ours() -> None:
-    """Whatever listens on another port, or on the same one later."""
+@pytest.mark.parametrize("kinds", ["tcp", pytest.param("tcp and unix", marks=not_portable.unix_sockets)])
+async def test_other_servers_get_no_header_of_ours(kinds: str, tmp_path: Path) -> None:
+    """Whatever listens on another port, or on the same one later; also where the server has a Unix socket as well."""
+    options: dict[str, Any] = {"port": 0, "uds": tmp_path / "app.sock"} if "unix" in kinds else {}
     seen: list[Scope] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -243,7 +262,11 @@ async def test_other_servers_get_no_header_of_ours() -> None:
             await send(START)
             await send(END)
 
-    async with testing.server(app) as server, testing.client(server) as client, await start(app) as other:
+    async with (
+        testing.server(app, **options) as server,
+        testing.client(server) as client,
+        await start(app) as other,
+    ):
         await client.get(other.url)
         await server.aclose()
         async with await start(app, port=server.port or 0):

@@ -103,12 +103,7 @@ OWN_OPTIONS: list[click.Parameter] = [
         ["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, and not on TCP without --host or --port."
     ),
     click.Option(["--uds-mode"], type=octal, help="Mode of the socket file, like 660.  [default: 600]"),
-    click.Option(
-        ["--fd"],
-        metavar="NUMBER",
-        type=descriptor,
-        help="Listen on this inherited descriptor, and not on TCP without --host or --port.",
-    ),
+    click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on this inherited descriptor, likewise."),
     click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets, notify it, and answer its watchdog."),
     click.Option(["--systemd-name"], metavar="NAME", help="Only sockets with this FileDescriptorName."),
     click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),

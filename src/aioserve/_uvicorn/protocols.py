@@ -71,7 +71,8 @@ def name_server(connection: Any, paths: Mapping[Any, str | bytes | None]) -> Non
 @functools.lru_cache
 def _named_class(protocol_class: type[Any]) -> type[Any]:
     def set_server(self: Any, server: Any) -> None:
-        path = self.server_paths.get(self.transport.get_extra_info("sockname"))  # uvicorn 0.40 has no name for it
+        name = self.transport.get_extra_info("sockname") if server is None else server[0]  # None: uvicorn 0.40
+        path = self.server_paths.get(name)
         self.server_name = server if path is None else (path, None)
 
     class Named(protocol_class):  # type: ignore[misc]
