@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,15 +122,19 @@ async def by_cancelling_its_own_task(run: Run, turn: int) -> bool:
 @pytest.mark.parametrize(
     "interrupt", [natively, by_scope, by_closing, by_cancelling_its_own_task], ids=lambda each: each.__name__
 )
+@pytest.mark.parametrize("kinds", ["uds", "port and uds"])
 @not_portable.unix_sockets
 async def test_start_at_a_unix_path_can_be_interrupted_at_every_turn(
-    way: str, interrupt: Interruption, tmp_path: Path, record_property: Record
+    way: str, kinds: str, interrupt: Interruption, port: int, tmp_path: Path, record_property: Record
 ) -> None:
-    """Nothing is left in its directory."""
+    """Nothing is left in its directory, or on the port."""
+    beside: dict[str, Any] = {"port": port} if "port" in kinds else {}
 
     async def check(run: Run, turn: int) -> bool:
         came = await interrupt(run, turn)
         assert os.listdir(tmp_path) == []
+        with bound_socket(port) as free:
+            free.listen()
         return came
 
-    record_property("points", await walk(partial(Run, way, uds=tmp_path / "app.sock"), check))
+    record_property("points", await walk(partial(Run, way, uds=tmp_path / "app.sock", **beside), check))
