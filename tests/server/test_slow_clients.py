@@ -23,6 +23,7 @@ from tests.helpers.turns import MOMENT
 
 SLOW = 300
 PROTOCOLS = [name for name in HTTP_PROTOCOLS if name != "auto"]
+ONLY_THE_KERNEL_TELLS = [pytest.param("zttp", marks=not_portable.unread)] if "zttp" in HTTP_PROTOCOLS else []
 
 
 def timer_of(server: Server) -> asyncio.TimerHandle | None:
@@ -40,7 +41,7 @@ async def test_client_that_sends_nothing_is_closed(http: str, caplog: pytest.Log
     assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
 
 
-@pytest.mark.parametrize("http", PROTOCOLS)
+@pytest.mark.parametrize("http", [*PIPELINING, *ONLY_THE_KERNEL_TELLS])
 @pytest.mark.parametrize("make", [App, lambda: Swappable(App())], ids=["App", "Swappable"])
 async def test_client_that_sends_a_part_of_a_first_head_is_answered_408(http: str, make: Any) -> None:
     """And its connection closes."""

@@ -123,8 +123,7 @@ def awaited_head(connection: Any) -> object:
     state = connection_state(connection)
     if state == "new":
         return "first"
-    is_head = state == "partial" and not has_unread_body(connection)
-    return getattr(connection, "cycle", None) or "first" if is_head else None
+    return getattr(connection, "cycle", None) or "first" if state == "partial" else None
 
 
 def shows_first_request(connection: Any) -> bool:
