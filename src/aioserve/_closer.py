@@ -96,10 +96,11 @@ class Closer:
 
     def close_partial(self, connection: Any) -> bool:
         """Close a connection that has sent no request, or only a part of one; else return `False`."""
+        if connection.transport.is_closing():
+            return False
         state = self._state_of(connection)
         is_partial = state in ("new", "partial") or (state == "idle" and http2.is_http2(connection))
-        is_partial = is_partial and not self.unread(connection)
-        if connection.transport.is_closing() or not is_partial:
+        if not is_partial or self.unread(connection):
             return False
         protocols.close_gracefully(connection)
         self.see_off(connection)

@@ -19,6 +19,7 @@ import uvicorn
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import DataReceived, RequestReceived, ResponseReceived, StreamEnded, StreamReset
+from h2.settings import SettingCodes, Settings
 
 from aioserve import Server
 from tests.helpers.apps import App, Receive, Scope, Send
@@ -165,6 +166,7 @@ class Client(Frames):
         self.writer.write(data[:size])
 
     def send_rest(self) -> None:
+        """Send the rest of it, and what has been held back."""
         assert self._rest is not None
         self.writer.write(self._rest)
         self._rest = None
@@ -227,19 +229,21 @@ class Client(Frames):
 
 @asynccontextmanager
 async def connect(
-    server: Server, context: ssl.SSLContext | None = None, *, preface: bool = True, window: int = 0, **options: bool
+    server: Server, context: ssl.SSLContext | None = None, *, part: int | None = None, window: int = 0, **options: bool
 ) -> AsyncIterator[Client]:
-    """Connect, and send the preface; with `window`, let each answer begin with so many bytes."""
+    """Connect, and send the preface, or a part of it; with `window`, let each answer begin with so many bytes."""
     if "+unix:" in server.url:
         reader, writer = await asyncio.open_unix_connection(unquote(server.url.partition("://")[2]))
     else:
         reader, writer = await asyncio.open_connection(server.host, server.port, ssl=context)
     client = Client(reader, writer, **options)
-    if preface:
-        if window:
-            client.h2.local_settings.initial_window_size = window
-        client.h2.initiate_connection()
+    if window:
+        client.h2.local_settings = Settings(initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window})
+    client.h2.initiate_connection()
+    if part is None:
         client.flush()
+    else:
+        client.send_part(client.h2.data_to_send(), part)
     reading = asyncio.create_task(client.read())
     try:
         yield client

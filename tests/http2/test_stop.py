@@ -20,7 +20,6 @@ from tests.helpers.http2 import (
     HEADERS,
     PING,
     PREFACE,
-    SETTINGS,
     StreamApp,
     connect,
     frame,
@@ -394,8 +393,7 @@ async def test_connection_without_a_stream_gets_a_moment_for_its_first(
     """It has sent nothing, a part of the preface, or all of it."""
     monkeypatch.setattr(_limits, "FIRST_REQUEST", MOMENT)
     monkeypatch.setattr(_limits, "PARTIAL_REQUEST", MOMENT)
-    async with serving(StreamApp(), http2=True) as server, connect(server, preface=False) as client:
-        client.send(PREFACE[:size])
+    async with serving(StreamApp(), http2=True) as server, connect(server, part=size) as client:
         await turns()
         server.close()
         await client.end()
@@ -407,14 +405,11 @@ async def test_connection_without_a_stream_gets_a_moment_for_its_first(
 
 @pytest.mark.parametrize("size", [0, 5, len(PREFACE)])
 async def test_first_stream_of_a_connection_that_comes_in_the_stop_is_answered(size: int) -> None:
-    async with serving(StreamApp(), http2=True) as server, connect(server, preface=False) as client:
-        client.send(PREFACE[:size])
+    async with serving(StreamApp(), http2=True) as server, connect(server, part=size) as client:
         await turns()
         server.close()
         await turns()
-        client.send(PREFACE[size:] + frame(SETTINGS, 0, 0))
-        client.h2.initiate_connection()
-        client.h2.data_to_send()
+        client.send_rest()
         client.ask()
         await client.is_told()
     assert client.all_is_answered()
@@ -425,7 +420,7 @@ async def test_connection_of_tls_without_a_stream_gets_a_moment(tls: Tls, monkey
     monkeypatch.setattr(_limits, "PARTIAL_REQUEST", MOMENT)
     options, trusting = tls
     async with serving(StreamApp(), http2=True, **options) as server:
-        async with connect(server, http2_context(trusting), preface=False) as client:
+        async with connect(server, http2_context(trusting), part=0) as client:
             server.close()
             await client.end()
     assert client.ended == "closed"
