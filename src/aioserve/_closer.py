@@ -132,8 +132,11 @@ class Closer:
         if state == "new" and not (self._has_tls or protocols.shows_first_request(connection)):
             info = tcp_info(connection.transport)
             return "partial" if info is not None and info.received else state
-        # The rest of a body whose request has its answer is not waited for.
-        return "partial" if not protocols.has_unread_body(connection) and self.unread(connection) else state
+        # The rest of a body whose request has its answer is not waited for; nor is a client of HTTP/2 for ever.
+        if protocols.has_unread_body(connection) or not self.unread(connection):
+            return state
+        is_flooding = state == "idle" and http2.is_http2(connection) and connection.server_state.is_flooding()
+        return state if is_flooding else "partial"
 
     def watch_handshakes(self) -> None:
         """Drop the TLS handshakes that do not move."""

@@ -75,6 +75,7 @@ class Connections:
             self.state.heads = HeadTimeout(settings.header_timeout, self._closer.close_late)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
+        self._due: set[Any] = set()  # connections that are looked at in the next turn of the loop
 
     # Questions.
 
@@ -170,7 +171,16 @@ class Connections:
                 if self._closing:
                     self._disconnect(connection)
             elif state is not None:
-                self._loop.call_soon(self._close_if_unneeded, connection)
+                self._look_soon(connection)
+
+    def _look_soon(self, connection: Any) -> None:
+        if connection not in self._due:
+            self._due.add(connection)
+            self._loop.call_soon(self._look, connection)
+
+    def _look(self, connection: Any) -> None:
+        self._due.discard(connection)
+        self._close_if_unneeded(connection)
 
     def disconnect_handlers(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
@@ -255,7 +265,7 @@ class Connections:
         """A request has come, or its response begins or is complete, after the stop was asked for."""
         self._closer.progress_made(connection)
         if self._closing or is_http2(connection):
-            self._loop.call_soon(self._close_if_unneeded, connection)  # once it is done with that
+            self._look_soon(connection)  # once it is done with that
         if self._closing:
             self._watch_handlers_soon()
             self._condition.notify()

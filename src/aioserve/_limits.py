@@ -10,6 +10,7 @@ from __future__ import annotations
 FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its first request
 PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
 HTTP2_STREAMS = 1.0  # without a moment in which no stream is open, until a client is told to open no more
+HTTP2_QUIET = 1.0  # for a client without a stream to send other frames than those that begin one
 HTTP2_RECENT = 0.02  # the same for one that was idle at the stop, if it had its last answer no longer ago than that
 HTTP2_ACKNOWLEDGEMENT = 0.25  # for a client to tell that it has read its last answer, before its connection closes
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
@@ -40,6 +41,8 @@ LAST_MESSAGE_TURNS = 10  # for a handler that was told of a disconnect to send a
 BODY_TURNS = 100  # for a handler to read what has arrived of a body before that: enough for all that a kernel keeps
 TURNS_BEFORE_TIMER = 3  # before it is worth the cost to make a timer for a wait
 LEAK_TURNS = 10  # for a loop to close what was just released, in a check for leaks: transports need two or three
+
+HTTP2_PINGS = 10  # for a client of HTTP/2 to read an answer, and open no other stream meanwhile, in a stop
 
 FRAMES = 1_000  # of one task that are looked at, to say where a handler waits
 INNER_TASKS = 20  # that are looked into for that

@@ -443,15 +443,59 @@ async def test_client_that_always_has_a_stream_is_told_to_open_no_more(monkeypat
     monkeypatch.setattr(_limits, "HTTP2_STREAMS", 4 * MOMENT)
     app = StreamApp()
     async with serving(app, http2=True) as server, connect(server) as client:
-        streams = [client.ask(), client.ask()]
+        client.ask("/hold")
         server.close()
         while not client.goaways:
-            streams.append(client.ask())
-            await client.answer(streams.pop(0))
+            await client.answer(client.ask())
+        assert client.goaways == [(ANY_STREAM, 0)]
+        await client.answer(client.ask())  # it was on its way
+        app.release.set()
         await client.is_told()
     assert client.all_is_answered()
-    assert client.goaways[0] == (ANY_STREAM, 0)
     assert len(client.goaways) == 2
+    assert server.report is not None
+    assert server.report.duration < 1
+
+
+async def test_handler_that_takes_long_has_its_answer_read_before_the_goaway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a client gets that is never without a stream."""
+    monkeypatch.setattr(_limits, "HTTP2_ACKNOWLEDGEMENT", 60)
+    app = StreamApp()
+    async with serving(app, http2=True) as server, connect(server, acknowledges=False) as client:
+        client.ask("/hold")
+        await app.come(1)
+        server.close()
+        await turns()
+        monkeypatch.setattr(_limits, "HTTP2_STREAMS", 0)
+        monkeypatch.setattr(_limits, "HTTP2_QUIET", 0)
+        app.release.set()
+        await client.until(lambda: client.pings)
+        await turns()
+        assert client.all_is_answered()
+        assert not client.goaways
+        client.send(frame(PING, 1, 0, client.pings[-1]))
+        await client.is_told()
+
+
+@pytest.mark.parametrize("acknowledges", [False, True])
+async def test_client_that_opens_a_stream_with_each_acknowledgement_comes_to_an_end(acknowledges: bool) -> None:
+    """In one packet, or without any acknowledgement; so it is never seen to have read all."""
+    app = StreamApp()
+    async with serving(app, http2=True) as server, connect(server, acknowledges=False) as client:
+        client.ask("/hold")
+        await app.come(1)
+        server.close()
+        await turns()
+        app.release.set()
+        for count in range(1, 1000):
+            await client.until(lambda count=count: len(client.pings) == count or client.goaways)  # type: ignore[misc]
+            if client.goaways:
+                break
+            client.request()
+            acknowledgement = frame(PING, 1, 0, client.pings[-1]) if acknowledges else b""
+            client.send(acknowledgement + client.h2.data_to_send())
+        await client.is_told()
+    assert count < 100
     assert server.report is not None
     assert server.report.duration < 1
 

@@ -32,8 +32,9 @@ class ClosingHTTP2State(ClosingState):
         self._is_pinged = False  # since the last stream began
         self.has_acknowledged: bool = False
         self._is_announced = False
+        self._quiet_since: float | None = None  # it has been looked at since then, and found without a stream
         self._loop = asyncio.get_running_loop()
-        self._since = self._busy_since = self._loop.time()
+        self._busy_since = self._loop.time()
         connection.__class__ = _closing_class(type(connection))  # type: ignore[arg-type]
         connection.conn = conn = _PingingConnection(connection.conn, self)
         for cycle in connection.cycles.values():
@@ -46,6 +47,7 @@ class ClosingHTTP2State(ClosingState):
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         """Read when a stream begins."""
         self._is_pinged = self.has_acknowledged = False
+        self._quiet_since = None
         if not self._connection.cycles:
             self._busy_since = self._loop.time()
         elif self._loop.time() - self._busy_since >= _limits.HTTP2_STREAMS and not self._is_announced:
@@ -57,12 +59,18 @@ class ClosingHTTP2State(ClosingState):
         return super().default_headers
 
     def is_acknowledged(self) -> bool:
-        """Whether the client has read all answers; otherwise it is asked to tell. One that is never done is not."""
-        if self._loop.time() - self._since >= _limits.HTTP2_STREAMS:
+        """Whether the client has read all answers; otherwise it is asked to tell, unless it was so too often."""
+        if self._pings >= _limits.HTTP2_PINGS:
             return True
         if not self._is_pinged:
             self._connection.transport.write(self.ping())
         return self.has_acknowledged
+
+    def is_flooding(self) -> bool:
+        """Whether the client has had no stream for some time, since this was asked first."""
+        if self._quiet_since is None:
+            self._quiet_since = self._loop.time()
+        return self._loop.time() - self._quiet_since >= _limits.HTTP2_QUIET
 
     def ping(self) -> bytes:
         self._is_pinged = True
