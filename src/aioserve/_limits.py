@@ -11,8 +11,8 @@ FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its f
 PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
 HTTP2_STREAMS = 1.0  # without a moment in which no stream is open, until a client is told to open no more
 HTTP2_QUIET = 1.0  # for a client without a stream to send other frames than those that begin one
-HTTP2_RECENT = 0.02  # the same for one that was idle at the stop, if it had its last answer no longer ago than that
 HTTP2_ACKNOWLEDGEMENT = 0.25  # for a client to tell that it has read its last answer, before its connection closes
+HTTP2_RECENT = 0.02  # the same for one that was idle at the stop, if it had its last answer no longer ago than that
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
 SLOW_STOP = 1.25  # until a stop says what it waits for; longer than one second for clients that have gone silent
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
@@ -42,7 +42,7 @@ BODY_TURNS = 100  # for a handler to read what has arrived of a body before that
 TURNS_BEFORE_TIMER = 3  # before it is worth the cost to make a timer for a wait
 LEAK_TURNS = 10  # for a loop to close what was just released, in a check for leaks: transports need two or three
 
-HTTP2_PINGS = 10  # for a client of HTTP/2 to read an answer, and open no other stream meanwhile, in a stop
+HTTP2_PINGS = 10  # at least, to a client that opens a stream behind each of them, until its connection closes so
 
 FRAMES = 1_000  # of one task that are looked at, to say where a handler waits
 INNER_TASKS = 20  # that are looked into for that

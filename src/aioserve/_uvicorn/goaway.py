@@ -60,7 +60,7 @@ class ClosingHTTP2State(ClosingState):
 
     def is_acknowledged(self) -> bool:
         """Whether the client has read all answers; otherwise it is asked to tell, unless it was so too often."""
-        if self._pings >= _limits.HTTP2_PINGS:
+        if self._pings >= _limits.HTTP2_PINGS and self._loop.time() - self._pinged_at >= _limits.HTTP2_STREAMS:
             return True
         if not self._is_pinged:
             self._connection.transport.write(self.ping())
@@ -74,6 +74,8 @@ class ClosingHTTP2State(ClosingState):
 
     def ping(self) -> bytes:
         self._is_pinged = True
+        if not self._pings:
+            self._pinged_at = self._loop.time()
         self._pings += 1
         return _PING + self._pings.to_bytes(8, "big")
 
