@@ -62,7 +62,7 @@ async def use_connection(port: int, streams: int, tls: dict[str, Any], *, steady
     writer.transport.abort()
     last = frames.goaways[-1][0] if frames.goaways else 0
     for stream, answer in frames.answers.items():
-        if answer.is_complete and stream <= last or answer.is_complete and not frames.goaways:
+        if (answer.is_complete and stream <= last) or (answer.is_complete and not frames.goaways):
             counts["answered" if answer.status == 200 and answer.body == b"hello" else "other"] += 1
         elif frames.goaways and stream > last:
             counts["above" if answer.status is None else "contradicted"] += 1
@@ -72,7 +72,7 @@ async def use_connection(port: int, streams: int, tls: dict[str, Any], *, steady
 
 async def main(port: int, streams: int, tls: dict[str, Any], *, steady: bool) -> None:
     """Run until the standard input ends."""
-    global has_ended  # noqa: PLW0603
+    global has_ended
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
 

@@ -21,7 +21,7 @@ import uvicorn
 from aioserve import Server, StartupError, Swappable, serving, serving_process, start, start_in_thread, testing
 from tests.helpers import clients
 from tests.helpers.apps import App
-from tests.helpers.http2 import StreamApp, connect, http2_context, needs_http2
+from tests.helpers.http2 import StreamApp, connect, needs_http2
 from tests.helpers.processes import linux_only
 from tests.helpers.ways import WAYS, Way
 
