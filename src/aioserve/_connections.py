@@ -28,7 +28,7 @@ from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
 from aioserve._uvicorn.http2 import is_http2
 from aioserve._uvicorn.logs import pass_on_interrupts, silence_expected_errors
 from aioserve._uvicorn.state import TrackedState, create_state
-from aioserve._waiting import Condition, after_turns, let_die_quietly
+from aioserve._waiting import Condition, OnceSoon, after_turns, let_die_quietly
 
 if TYPE_CHECKING:
     from aioserve._uvicorn.cancelling import CancellableTasks
@@ -75,7 +75,7 @@ class Connections:
             self.state.heads = HeadTimeout(settings.header_timeout, self._closer.close_late)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
-        self._due: set[Any] = set()  # connections that are looked at in the next turn of the loop
+        self._soon = OnceSoon(self._loop)
 
     # Questions.
 
@@ -171,16 +171,7 @@ class Connections:
                 if self._closing:
                     self._disconnect(connection)
             elif state is not None:
-                self._look_soon(connection)
-
-    def _look_soon(self, connection: Any) -> None:
-        if connection not in self._due:
-            self._due.add(connection)
-            self._loop.call_soon(self._look, connection)
-
-    def _look(self, connection: Any) -> None:
-        self._due.discard(connection)
-        self._close_if_unneeded(connection)
+                self._soon.call(self._close_if_unneeded, connection)
 
     def disconnect_handlers(self) -> None:
         """Tell the handlers that wait in `receive()`, now or later, that their client has gone. They may still send."""
@@ -265,7 +256,7 @@ class Connections:
         """A request has come, or its response begins or is complete, after the stop was asked for."""
         self._closer.progress_made(connection)
         if self._closing or is_http2(connection):
-            self._look_soon(connection)  # once it is done with that
+            self._soon.call(self._close_if_unneeded, connection)  # once it is done with that
         if self._closing:
             self._watch_handlers_soon()
             self._condition.notify()

@@ -93,6 +93,23 @@ def _turn() -> Generator[None, None, None]:
     yield
 
 
+class OnceSoon:
+    """Calls a function in the next turn of the loop: once for each argument, however often it is asked to."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._due: set[object] = set()
+
+    def call(self, act: Callable[[Any], object], argument: object) -> None:
+        if argument not in self._due:
+            self._due.add(argument)
+            self._loop.call_soon(self._call, act, argument)
+
+    def _call(self, act: Callable[[Any], object], argument: object) -> None:
+        self._due.discard(argument)
+        act(argument)
+
+
 def after_turns(count: int, callback: Callable[[], object]) -> None:
     """Call a function after a number of turns of the running loop."""
     if count:

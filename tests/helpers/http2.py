@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
 
@@ -37,6 +38,7 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION =
 ACK = END_STREAM = 1
 END_HEADERS = 4
 ANY_STREAM = 2**31 - 1
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -76,7 +78,14 @@ class Frames:
         """The last stream and the error code of each."""
         self._buffer = b""
 
-    def request(self, path: str = "/", *, end: bool = True, method: str = "GET", **headers: str) -> int:
+    def request(
+        self,
+        path: str = "/",
+        headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        end: bool = True,
+        method: str = "GET",
+    ) -> int:
         """Begin a stream, and return its number."""
         stream: int = self.h2.get_next_available_stream_id()
         pairs = [(":method", method), (":path", path), (":scheme", "http"), (":authority", "test"), *headers.items()]
@@ -141,9 +150,16 @@ class Client(Frames):
         self._changed = asyncio.Event()
         self._rest: bytes | None = None
 
-    def ask(self, path: str = "/", *, end: bool = True, method: str = "GET", **headers: str) -> int:
+    def ask(
+        self,
+        path: str = "/",
+        headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        end: bool = True,
+        method: str = "GET",
+    ) -> int:
         """Send the head of a request, and do not wait for its answer."""
-        stream = self.request(path, end=end, method=method, **headers)
+        stream = self.request(path, headers, end=end, method=method)
         self.flush()
         return stream
 

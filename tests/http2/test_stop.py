@@ -204,7 +204,7 @@ async def test_part_of_a_head_behind_an_answer_is_waited_for(size: int, monkeypa
     async with serving(app, http2=True) as server, connect(server) as client:
         client.ask("/hold")
         await app.come(1)
-        stream = client.request(**{f"x-{n}": f"value {n}" for n in range(9)})
+        stream = client.request("/", {f"x-{n}": f"value {n}" for n in range(9)})
         head = client.h2.data_to_send()
         client.send_part(head, size)
         await turns()
@@ -225,7 +225,7 @@ async def test_part_of_a_head_that_is_never_completed_is_above_the_goaway(
     app = StreamApp()
     async with serving(app, http2=True) as server, connect(server) as client:
         await client.answer(client.ask())
-        client.request(**{f"x-{n}": f"value {n}" for n in range(9)})
+        client.request("/", {f"x-{n}": f"value {n}" for n in range(9)})
         client.send_part(client.h2.data_to_send(), size)
         await turns()
         server.close()
@@ -238,7 +238,7 @@ async def test_head_in_two_frames_is_answered_when_the_second_comes() -> None:
     async with serving(app, http2=True) as server, connect(server) as client:
         client.ask("/hold")
         await app.come(1)
-        stream = client.request(**{"x-long": "value"})
+        stream = client.request("/", {"x-long": "value"})
         block = client.h2.data_to_send()[9:]
         first = frame(HEADERS, END_STREAM, stream, block[:5])
         client.send_part(first + frame(CONTINUATION, END_HEADERS, stream, block[5:]), len(first))
@@ -311,7 +311,8 @@ async def test_answer_that_flow_control_holds_back_is_sent_when_credit_comes(mom
             client.h2.increment_flow_control_window(20_000, stream)
             client.h2.increment_flow_control_window(20_000)
             client.flush()
-            await client.until(lambda: len(client.answers[stream].body) > before or client.answers[stream].is_complete)
+            answer = client.answers[stream]
+            await client.until(lambda answer=answer, before=before: len(answer.body) > before or answer.is_complete)  # type: ignore[misc]
         await client.is_told()
     assert len(client.answers[stream].body) == StreamApp.BIG
     assert client.all_is_answered()
@@ -526,7 +527,7 @@ async def test_client_that_opens_streams_after_being_told_ends_by_itself_or_at_t
 async def test_event_stream_hears_of_the_stop_and_has_a_proper_end() -> None:
     app = StreamApp()
     async with serving(app, http2=True) as server, connect(server) as client:
-        stream = client.ask("/events", accept="text/event-stream")
+        stream = client.ask("/events", {"accept": "text/event-stream"})
         await client.until(lambda: client.answers[stream].body)
         server.close()
         await client.is_told()
@@ -538,7 +539,7 @@ async def test_event_stream_hears_of_the_stop_and_has_a_proper_end() -> None:
 async def test_event_streams_and_others_on_one_connection() -> None:
     app = StreamApp()
     async with serving(app, http2=True) as server, connect(server) as client:
-        stream = client.ask("/events", accept="text/event-stream")
+        stream = client.ask("/events", {"accept": "text/event-stream"})
         client.ask("/hold")
         await client.until(lambda: client.answers[stream].body)
         await app.come(2)

@@ -40,18 +40,20 @@ class Busy(Counting):
         await super().__call__(scope, receive, send)
 
 
-async def stop_under_load(stops: int, kind: str, certificate: str | None = None, **options: Any) -> dict[str, int]:
+async def stop_under_load(
+    stops: int, kind: str, certificate: str | None = None, streams: int = STREAMS, **options: Any
+) -> dict[str, int]:
     """Stop the server again and again, each time with some streams in flight; return what the client has counted."""
     app = Busy()
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as lent, ThreadPoolExecutor(1) as executor:
-        arguments = [str(lent.getsockname()[1]), str(STREAMS), kind, *([certificate] if certificate else [])]
+        arguments = [str(lent.getsockname()[1]), str(streams), kind, *([certificate] if certificate else [])]
         command = [sys.executable, "-m", "tests.helpers.http2_load", *arguments]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # noqa: ASYNC220, S603
             assert process.stdin is not None
             assert process.stdout is not None
             for number in range(stops):
                 async with serving(app, http2=True, sockets=[lent], **options) as server:
-                    await app.answers(1 + (number * 7) % (2 * STREAMS))
+                    await app.answers(1 + (number * 7) % (2 * streams))
                 assert server.report is not None
                 assert not server.report.was_forced
             last = await start(app, http2=True, sockets=[lent], **options)
@@ -86,4 +88,5 @@ async def test_stops_with_tls_lose_no_stream(
 
 
 async def test_client_that_is_never_without_a_stream_is_told_within_a_second() -> None:
-    check(await stop_under_load(3, "steady"), 3)
+    # zttp 0.0.35 ends a connection of which it has read 4096 streams, with answers in flight.
+    check(await stop_under_load(3, "steady", streams=5), 3)
