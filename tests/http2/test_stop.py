@@ -459,6 +459,32 @@ async def test_client_that_always_has_a_stream_is_told_to_open_no_more(monkeypat
     assert server.report.duration < 1
 
 
+async def test_moment_without_a_stream_gives_no_more_time_to_a_client_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_limits, "HTTP2_ACKNOWLEDGEMENT", 60)
+    app = StreamApp()
+    async with serving(app, http2=True) as server, connect(server, acknowledges=False) as client:
+        client.ask("/hold")
+        await app.come(1)
+        server.close()
+        await turns()
+        app.release.set()
+        await client.until(lambda: client.pings)
+        monkeypatch.setattr(_limits, "HTTP2_STREAMS", 0)  # the time is over
+        app.release.clear()
+        client.ask("/hold")
+        await app.come(2)
+        client.ask()
+        await client.until(lambda: client.goaways)
+        assert client.goaways == [(ANY_STREAM, 0)]
+        app.release.set()
+        await client.until(lambda: len(client.pings) > 1)
+        client.send(frame(PING, 1, 0, client.pings[-1]))
+        await client.is_told()
+    assert client.all_is_answered()
+
+
 async def test_handler_that_takes_long_has_its_answer_read_before_the_goaway(monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than a client gets that is never without a stream."""
     monkeypatch.setattr(_limits, "HTTP2_ACKNOWLEDGEMENT", 60)

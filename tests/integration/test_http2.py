@@ -89,4 +89,4 @@ async def test_stops_with_tls_lose_no_stream(
 
 async def test_client_that_is_never_without_a_stream_is_told_within_a_second() -> None:
     # zttp 0.0.35 ends a connection of which it has read 4096 streams, with answers in flight.
-    check(await stop_under_load(3, "steady", streams=5), 3)
+    check(await stop_under_load(3, "steady", streams=3), 3)

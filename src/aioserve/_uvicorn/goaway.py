@@ -48,9 +48,13 @@ class ClosingHTTP2State(ClosingState):
         """Read when a stream begins."""
         self._is_pinged = self.has_acknowledged = False
         self._quiet_since = None
-        if not self._connection.cycles:
+        if not (self._connection.cycles or self._pings):
             self._busy_since = self._loop.time()
-        elif self._loop.time() - self._busy_since >= _limits.HTTP2_STREAMS and not self._is_announced:
+        elif (
+            self._connection.cycles
+            and self._loop.time() - self._busy_since >= _limits.HTTP2_STREAMS
+            and not self._is_announced
+        ):
             # Its client opens one stream after the other, and is never without one; so it is told to open no more.
             self._is_announced = True
             self._connection.flush()
