@@ -306,6 +306,8 @@ def abandon(connections: Connections) -> None:
         raw = connections.acceptor.raw_transport(connection.transport)
         hang_up(raw)
         if is_closed:
+            for cycle in protocols.unanswered_cycles(connection):
+                cycle.on_response = lambda *_args: None  # it would set a timer, when its handler's frame is freed
             with suppress(Exception):  # it may call the loop
                 connection.connection_lost(None)
             drop(raw)
