@@ -53,6 +53,12 @@ class Closer:
         """Whether something may have arrived that is not read yet."""
         return self._acceptor.is_portable or self.unread(connection) > 0
 
+    def has_more_requests(self, connection: Any) -> bool:
+        """Whether a client has sent more requests, without waiting for an answer to the first."""
+        if protocols.has_read_more(connection):
+            return True
+        return not protocols.has_unread_body(connection) and self.unread(connection) > 0
+
     def close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> ConnectionState | None:
         """
         Close a connection if it is idle, a WebSocket with 1012 or an unaccepted one with 503.
@@ -168,14 +174,15 @@ class Closer:
         if self._may_be_sending(connection):
             if self._has_tls:
                 raw.pause_reading()  # asyncio's TLS fails if data comes behind its close_notify, and drops what it has
-            self._linger(raw)
+            has_read_all = http2.is_http2(connection) and connection.server_state.has_acknowledged
+            self._linger(raw, _limits.HTTP2_LINGER if has_read_all else _limits.LINGER)
         if self._has_tls:
             self._acceptor.when_flushed(transport, self._hang_up)
 
     def _hang_up(self, raw: Any) -> None:
         """End a TLS connection whose data is sent; do not wait for the client's close_notify."""
         if self.lingering is not None and not raw.is_reading():
-            self._linger(raw)  # once more, if no descriptor was left before
+            self._linger(raw, _limits.LINGER)  # once more, if no descriptor was left before
         if self.lingering is not None and raw in self.lingering:
             raw.abort()
         else:
@@ -184,17 +191,16 @@ class Closer:
     def _may_be_sending(self, connection: Any) -> bool:
         if not protocols.is_http(connection):
             return connection in self._active
-        # A client of HTTP/2 says how much more of an answer it can take.
-        is_http2 = http2.is_http2(connection) and has_answered_since(connection)
-        will_send = is_http2 and not connection.server_state.has_acknowledged
+        # A client of HTTP/2 says how much more of an answer it can take, and may open another stream.
+        will_send = http2.is_http2(connection) and has_answered_since(connection)
         return will_send or protocols.has_unread_body(connection) or self.unread(connection) > 0
 
-    def _linger(self, raw: Any) -> None:
+    def _linger(self, raw: Any, seconds: float) -> None:
         # asyncio's transport for Windows shuts both directions down when it closes.
         if not (self._is_dropping or self._acceptor.is_portable):
             if self.lingering is None:
                 self.lingering = LingeringSockets(on_end=self._on_change)
-            self.lingering.begin(raw)
+            self.lingering.begin(raw, seconds)
 
     def removed(self, connection: Any) -> None:
         """A connection is lost: all is written that was to be written; its socket is still open, but not with TLS."""

@@ -25,7 +25,7 @@ from aioserve._settings import Settings
 from aioserve._uvicorn import protocols
 from aioserve._uvicorn.closing import ClosingState, announce_close
 from aioserve._uvicorn.disconnect import disconnect, disconnect_websocket
-from aioserve._uvicorn.http2 import is_http2
+from aioserve._uvicorn.http2 import count_streams, is_http2
 from aioserve._uvicorn.logs import pass_on_interrupts, silence_expected_errors
 from aioserve._uvicorn.state import TrackedState, create_state
 from aioserve._waiting import Condition, OnceSoon, after_turns, let_die_quietly
@@ -71,6 +71,7 @@ class Connections:
         self._has_tls = config.ssl is not None
         self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
+        self.has_more_requests = self._closer.has_more_requests
         if settings.header_timeout is not None:
             self.state.heads = HeadTimeout(settings.header_timeout, self._closer.close_late)
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
@@ -108,12 +109,6 @@ class Connections:
         for task in tuple(self.state.tasks):
             yield task, unfinished_handler(protocols.scope_of(task), task)
 
-    def has_more_requests(self, connection: Any) -> bool:
-        """Whether a client has sent more requests, without waiting for an answer to the first."""
-        if protocols.has_read_more(connection):
-            return True
-        return not protocols.has_unread_body(connection) and self._closer.unread(connection) > 0
-
     # The steps of a stop.
 
     def announce_close(self) -> None:
@@ -122,7 +117,7 @@ class Connections:
         handlers = 0
         for connection in list(self.state.connections):
             if not connection.transport.is_closing():
-                handlers += announce_close(connection, self, _closing_state(connection))
+                handlers += self.retire(connection)
         if len(self.state.tasks) > handlers:  # there are some whose clients have gone
             for task in self.state.tasks:
                 pass_on_interrupts(protocols.handled_by(task))
@@ -223,9 +218,11 @@ class Connections:
             self._cancellable.watch_streams(connection)
         if self._renamed:
             protocols.name_server(connection, {each.bound_as: each.path for each in self._renamed})
+        if is_http2(connection):
+            count_streams(connection)
         if not self._announced:
             return
-        announce_close(connection, self, _closing_state(connection))
+        self.retire(connection)
         if self._closing:
             # It was accepted in the last moment, or has just been upgraded: to a WebSocket that the app may accept.
             grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
@@ -242,15 +239,19 @@ class Connections:
             for task in protocols.tasks_behind(connection):
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
-        if self._announced:
+        if self._announced or is_http2(connection):
             self._closer.removed(connection)
-            if self.acceptor.has_rest:
-                self._loop.call_soon(self._accept_rest)  # when its descriptor is free
+        if self.acceptor.has_rest:
+            self._loop.call_soon(self._accept_rest)  # when its descriptor is free
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:
             self._watch_handlers_soon()
             self._condition.notify()
+
+    def retire(self, connection: Any) -> int:
+        """Let a connection close when it has answered; return how many handlers it has."""
+        return announce_close(connection, self, _closing_state(connection))
 
     def progress_made(self, connection: Any) -> None:
         """A request has come, or its response begins or is complete, after the stop was asked for."""

@@ -18,6 +18,7 @@ SLOW_STOP = 1.25  # until a stop says what it waits for; longer than one second 
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind
 LIFESPAN_GRACE = 1.0  # for a lifespan to end that was cancelled, or is forced to shut down
 LINGER = 1.0  # for the next byte of a client that is still sending to a connection that is closed
+HTTP2_LINGER = 0.1  # the same for a client of HTTP/2 that has read all its answers
 LINGER_LONGEST = 5.0  # for all that such a client sends
 SHORTEST_LOOK = 0.01  # until the next look at TLS handshakes
 ACTIVE = 0.1  # since a WebSocket's last message, for it to count as one whose client is sending
@@ -46,6 +47,7 @@ HTTP2_PINGS = 10  # at least, to a client that opens a stream behind each of the
 
 FRAMES = 1_000  # of one task that are looked at, to say where a handler waits
 INNER_TASKS = 20  # that are looked into for that
+HTTP2_REQUESTS = 1_000  # on one connection, which then closes; and again, until its client is told to open no stream
 WRAPPING_COROUTINES = 50  # of a task factory that are looked into to find the handler that they wrap
 CLOSED_AT_ONCE = 100  # connections without a request, before it is the turn of others
 LINGER_READS = 16  # of 64 KiB, before it is the turn of others

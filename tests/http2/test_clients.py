@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from aioserve import serving, start
+from aioserve import _limits, serving, start
 from tests.helpers.apps import App
 from tests.helpers.clients import connect_tls
-from tests.helpers.http2 import GOAWAY, HEADERS, Frames, connect, frame, http2_context, needs_http2
+from tests.helpers.http2 import ACK, GOAWAY, HEADERS, PING, Frames, connect, frame, http2_context, needs_http2
 from tests.helpers.threads import in_thread
 from tests.helpers.turns import MOMENT, turns
 from tests.server.test_vanished_clients import FEW, Cleaning, nothing_is_logged
@@ -199,3 +199,35 @@ async def test_request_that_comes_with_the_end_of_the_handshake_is_answered(earl
             assert (await in_thread(lambda: talk(port))).answers[1].body == b"hello"  # noqa: B023
         while server.stats.connections:
             await asyncio.sleep(0)
+
+
+async def test_stream_that_is_opened_behind_the_acknowledgement_can_be_sent_again() -> None:
+    """It comes in one packet with it; the GOAWAY says that it was not taken."""
+    app = App()
+    async with serving(app, http2=True) as server, connect(server, acknowledges=False) as client:
+        client.ask("/hold")
+        await app.holding.wait()
+        server.close()
+        app.release.set()
+        await client.until(lambda: client.pings)
+        client.request()
+        client.send(frame(PING, ACK, 0, client.pings[-1]) + client.h2.data_to_send())
+        await client.is_told()
+    assert client.goaways == [(1, 0)]
+    assert app.events.count("GET /") == 0
+
+
+async def test_client_that_has_read_all_and_does_not_close_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """httpx keeps its connection until the next request."""
+    monkeypatch.setattr(_limits, "LINGER", 1000.0)
+    monkeypatch.setattr(_limits, "LINGER_LONGEST", 1000.0)
+    app = App()
+    async with serving(app, http2=True, shutdown_timeout=None) as server, connect(server) as client:
+        client.ask("/hold")
+        await app.holding.wait()
+        server.close()
+        app.release.set()
+        await client.is_told()
+        await server.wait_closed()

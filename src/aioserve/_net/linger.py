@@ -32,11 +32,15 @@ class LingeringSockets:
     def __contains__(self, raw: object) -> bool:
         return raw in self._sockets
 
-    def begin(self, raw: Any) -> None:
-        """Keep the socket of a raw transport open, which does not read any more, and throw away what comes."""
+    def begin(self, raw: Any, seconds: float) -> None:
+        """
+        Keep the socket of a raw transport open, which does not read any more, and throw away what comes.
+
+        It ends when nothing has come for so many seconds.
+        """
         if raw not in self._sockets:
             try:
-                self._sockets[raw] = _LingeringSocket(descriptor(raw), lambda: self._end(raw))
+                self._sockets[raw] = _LingeringSocket(descriptor(raw), seconds, lambda: self._end(raw))
             except OSError as exc:
                 logger.debug("cannot linger on a connection: %s", exc)  # it is gone, or no descriptor is left
 
@@ -58,7 +62,8 @@ class LingeringSockets:
 class _LingeringSocket:
     _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, number: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, number: int, seconds: float, on_end: Callable[[], None]) -> None:
+        self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         with forks.lock:
@@ -84,7 +89,7 @@ class _LingeringSocket:
         if self._timer is not None:
             return
         self._began = self._last_read = self._loop.time()
-        self._timer = self._loop.call_later(min(_limits.LINGER, _limits.LINGER_LONGEST), self._look)
+        self._timer = self._loop.call_later(min(self._seconds, _limits.LINGER_LONGEST), self._look)
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -92,7 +97,7 @@ class _LingeringSocket:
 
     def _look(self) -> None:
         now = self._loop.time()
-        until = min(self._last_read + _limits.LINGER, self._began + _limits.LINGER_LONGEST)
+        until = min(self._last_read + self._seconds, self._began + _limits.LINGER_LONGEST)
         if now >= until:
             self._on_end()
         else:

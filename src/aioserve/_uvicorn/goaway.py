@@ -1,5 +1,5 @@
 """
-How a connection of HTTP/2 closes in a stop: its GOAWAY comes last, when its client has read all answers.
+How a connection of HTTP/2 closes, in a stop or after many streams: its GOAWAY comes when the client has its answers.
 
 A GOAWAY has the number of the last stream that was taken, so a client knows which requests it can send again (RFC 9113,
 6.8). But httpcore 1.0, which is below httpx, gives up the answers that it waits for when it reads one, and also those
@@ -28,6 +28,7 @@ class ClosingHTTP2State(ClosingState):
     def __init__(self, connection: Any, observer: Observer) -> None:
         super().__init__(connection, observer)
         self.has_answered = connection.conn.has_pending_send()
+        self._streams = 0
         self._pings = 0
         self._is_pinged = False  # since the last stream began
         self.has_acknowledged: bool = False
@@ -48,23 +49,26 @@ class ClosingHTTP2State(ClosingState):
         """Read when a stream begins."""
         self._is_pinged = self.has_acknowledged = False
         self._quiet_since = None
+        self._streams += 1
         if not (self._connection.cycles or self._pings):
             self._busy_since = self._loop.time()
-        elif (
-            self._connection.cycles
-            and self._loop.time() - self._busy_since >= _limits.HTTP2_STREAMS
-            and not self._is_announced
-        ):
-            # Its client opens one stream after the other, and is never without one; so it is told to open no more.
-            self._is_announced = True
-            self._connection.flush()
-            self._connection.conn.close(0, _ANY_STREAM)
-            self._connection.flush()
+        elif self._connection.cycles and not self._is_announced:
+            is_long = self._loop.time() - self._busy_since >= _limits.HTTP2_STREAMS
+            if is_long or self._streams > _limits.HTTP2_REQUESTS:
+                self._announce()
         return super().default_headers
+
+    def _announce(self) -> None:
+        """Tell a client that opens one stream after the other, and is never without one, to open no more."""
+        self._is_announced = True
+        self._connection.flush()
+        self._connection.conn.close(0, _ANY_STREAM)
+        self._connection.flush()
 
     def is_acknowledged(self) -> bool:
         """Whether the client has read all answers; otherwise it is asked to tell, unless it was so too often."""
-        if self._pings >= _limits.HTTP2_PINGS and self._loop.time() - self._pinged_at >= _limits.HTTP2_STREAMS:
+        was_asked = self._pings >= _limits.HTTP2_PINGS and self._loop.time() - self._pinged_at >= _limits.HTTP2_STREAMS
+        if was_asked or self._streams > _limits.HTTP2_REQUESTS:
             return True
         if not self._is_pinged:
             self._connection.transport.write(self.ping())
@@ -89,8 +93,10 @@ class ClosingHTTP2State(ClosingState):
         is_last = data and not self._is_pinged and cycles and all(each.response_complete for each in cycles)
         return data + self.ping() if is_last and not self._connection.conn.has_pending_send() else data
 
-    def ping_acknowledged(self, data: bytes) -> None:
+    def ping_acknowledged(self, data: bytes) -> bool:
+        """Return whether the client has read all answers, and has opened no stream before it did."""
         self.has_acknowledged = self._is_pinged and data == self._pings.to_bytes(8, "big")
+        return self.has_acknowledged and not self._connection.cycles
 
     def all_is_read(self) -> None:
         """Whatever has arrived is handled: also that a client has cancelled its last stream, or takes more data."""
@@ -132,8 +138,9 @@ def _closing_class(http2_class: type[Any]) -> type[Any]:
     class ClosingHTTP2(http2_class):  # type: ignore[misc]
         def events(self) -> Iterator[Any]:
             for event in super().events():
-                if isinstance(event, Ping) and event.ack:
-                    self.server_state.ping_acknowledged(event.data)
+                if isinstance(event, Ping) and event.ack and self.server_state.ping_acknowledged(event.data):
+                    self._close_connection()  # whatever comes behind has a higher number, and can be sent again
+                    return
                 yield event
 
         def flush(self) -> None:  # called at the end of `data_received()`

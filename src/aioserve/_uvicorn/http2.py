@@ -7,7 +7,10 @@ bytes decide between HTTP/1 and HTTP/2; until then, it is *undecided*.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
+
+from aioserve import _limits
 
 
 def is_http2(connection: Any) -> bool:
@@ -49,3 +52,19 @@ def awaited_head(connection: Any) -> object:
     if seen_stream != stream:
         connection.seen_idle = stream, timer
     return None if seen_stream != stream or seen_timer is timer else stream
+
+
+def count_streams(connection: Any) -> None:
+    """Let a connection be closed in order after some number of streams: zttp 0.0.35 breaks it off at the 4,097th."""
+    connection.__class__ = _counting_class(type(connection))  # type: ignore[arg-type]
+
+
+@functools.lru_cache
+def _counting_class(http2_class: Any) -> Any:
+    class CountingHTTP2(http2_class):  # type: ignore[misc]
+        def handle_request(self, event: Any) -> None:
+            if event.stream_id > 2 * _limits.HTTP2_REQUESTS:  # a client's have odd numbers
+                self.server_state.retire(self)
+            super().handle_request(event)
+
+    return CountingHTTP2

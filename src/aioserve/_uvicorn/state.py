@@ -42,10 +42,13 @@ class TrackedState(ServerState):
     """uvicorn's state, with an observer of its connections."""
 
     heads: Heads | None = None
+    has_acknowledged: bool = False  # see `ClosingHTTP2State`
 
     def __init__(self, config: uvicorn.Config, observer: Observer) -> None:
         super().__init__()
         self._config = config
+        self.retire: Callable[[Any], object] = observer.retire
+        """Lets a connection of HTTP/2 close as in a stop."""
         self.connections: set[Any] = _ObservedConnections(self, observer)
         self.default_headers: list[tuple[bytes, bytes]] = config.encoded_headers
         self.timer: asyncio.TimerHandle | None = None
