@@ -41,7 +41,6 @@ class Connections:
     _closing: bool = False  # connections close as soon as they can
     _disconnecting: bool = False  # handlers are told that their client has gone
     _cancellable: CancellableTasks | None = None  # the handlers, where they are cancelled when their client is gone
-    _watch_is_due: bool = False
 
     def __init__(
         self,
@@ -72,8 +71,8 @@ class Connections:
         self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
         self.has_more_requests = self._closer.has_more_requests
-        if settings.header_timeout is not None:
-            self.state.heads = HeadTimeout(settings.header_timeout, self._closer.close_late)
+        self._header_timeout = settings.header_timeout
+        self._has_http2 = hasattr(config.http_protocol_class, "alpn_protocols")
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
         self._background: set[asyncio.Task[Any]] = set()
         self._soon = OnceSoon(self._loop)
@@ -134,9 +133,9 @@ class Connections:
         for connection in list(self.state.connections):
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
             is_idle = is_open and protocols.connection_state(connection) == "idle"
-            if is_idle and not (protocols.has_unread_body(connection) or self._closer.unread(connection)):
-                if self._closer.has_just_answered(connection):
-                    continue
+            if not is_idle or protocols.has_unread_body(connection) or self._closer.unread(connection):
+                continue
+            if not (self._has_http2 and self._closer.has_just_answered(connection)):
                 protocols.close_gracefully(connection)
 
     def close_unneeded(self) -> None:
@@ -147,9 +146,7 @@ class Connections:
         still come is given some time for that, as is a TLS handshake.
         """
         self._closing = True
-        if self.state.heads is not None:
-            self.state.heads.close()
-            self.state.heads = None  # from here, the `Closer` says how long a client may take
+        self.state.look_no_more()
         self._closer.watch_handshakes()
         self._watch_handlers()
         for connection in list(self.state.connections):
@@ -218,7 +215,7 @@ class Connections:
             self._cancellable.watch_streams(connection)
         if self._renamed:
             protocols.name_server(connection, {each.bound_as: each.path for each in self._renamed})
-        if is_http2(connection):
+        if self._has_http2 and is_http2(connection):
             count_streams(connection)
         if not self._announced:
             return
@@ -239,7 +236,7 @@ class Connections:
             for task in protocols.tasks_behind(connection):
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
-        if self._announced or is_http2(connection):
+        if self._announced or (self._has_http2 and is_http2(connection)):
             self._closer.removed(connection)
         if self.acceptor.has_rest:
             self._loop.call_soon(self._accept_rest)  # when its descriptor is free
@@ -249,14 +246,17 @@ class Connections:
             self._watch_handlers_soon()
             self._condition.notify()
 
+    def make_heads(self) -> HeadTimeout | None:
+        return None if self._header_timeout is None else HeadTimeout(self._header_timeout, self._closer.close_late)
+
     def retire(self, connection: Any) -> int:
         """Let a connection close when it has answered; return how many handlers it has."""
-        return announce_close(connection, self, _closing_state(connection))
+        return announce_close(connection, self, _closing_state(connection) if self._has_http2 else ClosingState)
 
     def progress_made(self, connection: Any) -> None:
         """A request has come, or its response begins or is complete, after the stop was asked for."""
         self._closer.progress_made(connection)
-        if self._closing or is_http2(connection):
+        if self._closing or (self._has_http2 and is_http2(connection)):
             self._soon.call(self._close_if_unneeded, connection)  # once it is done with that
         if self._closing:
             self._watch_handlers_soon()
@@ -265,13 +265,10 @@ class Connections:
     # The ends of handlers.
 
     def _watch_handlers_soon(self) -> None:
-        if not self._watch_is_due:
-            self._watch_is_due = True
-            self._loop.call_soon(self._watch_handlers)
+        self._soon.call(Connections._watch_handlers, self)
 
     def _watch_handlers(self) -> None:
         """Notice the ends of the handlers that there are now."""
-        self._watch_is_due = False
         handlers = self.handlers()
         for task in handlers - self._watched:
             task.add_done_callback(self._handler_done)

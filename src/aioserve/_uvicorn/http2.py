@@ -64,7 +64,7 @@ def _counting_class(http2_class: Any) -> Any:
     class CountingHTTP2(http2_class):  # type: ignore[misc]
         def handle_request(self, event: Any) -> None:
             if event.stream_id > 2 * _limits.HTTP2_REQUESTS:  # a client's have odd numbers
-                self.server_state.retire(self)
+                self.connections.observer.retire(self)
             super().handle_request(event)
 
     return CountingHTTP2

@@ -34,6 +34,7 @@ class Observer(Protocol):
     def progress_made(self, connection: Any) -> None: ...
     def has_more_requests(self, connection: Any) -> bool: ...
     def retire(self, connection: Any) -> object: ...
+    def make_heads(self) -> Any: ...
 
 
 ConnectionState: TypeAlias = Literal["busy", "opening", "answering", "partial", "new", "idle"]
@@ -89,13 +90,10 @@ def is_http(connection: Any) -> bool:
 
 def connection_state(connection: Any) -> ConnectionState:
     """Return the state of a connection by what has been read from it."""
-    if not is_http(connection):
-        return _websocket_state(connection)
-    if http2.is_http2(connection):
-        return http2.stream_state(connection)
-    if http2.is_undecided(connection):
-        return "partial" if connection.buffer else "new"
-    cycle = connection.cycle
+    try:
+        cycle = connection.cycle
+    except AttributeError:
+        return _state_without_cycle(connection)
     if cycle is not None and not cycle.response_complete:
         return "busy"
 
@@ -133,6 +131,14 @@ def shows_first_request(connection: Any) -> bool:
     return not is_decided or hasattr(connection, "pipeline") or hasattr(connection.conn, "trailing_data")
 
 
+def _state_without_cycle(connection: Any) -> ConnectionState:
+    if http2.is_http2(connection):
+        return http2.stream_state(connection)
+    if http2.is_undecided(connection):
+        return "partial" if connection.buffer else "new"
+    return _websocket_state(connection)
+
+
 def _websocket_state(websocket: Any) -> ConnectionState:
     if hasattr(websocket, "handshake_completed_event"):  # the legacy one sends its answer in a task of its own
         if websocket.handshake_completed_event.is_set():
@@ -155,7 +161,7 @@ def unanswered_cycles(connection: Any) -> list[Any]:
 
     That is the current one, and with httptools those before and behind it; with HTTP/2, those of all streams.
     """
-    cycles = list(getattr(connection, "cycles", {}).values()) or [getattr(connection, "cycle", None)]
+    cycles = list(connection.cycles.values()) if http2.is_http2(connection) else [getattr(connection, "cycle", None)]
     if getattr(connection, "pipeline", ()):  # the current one is the last of it, and the first one is running
         running = [unanswered_cycle_of(task) for task in connection.tasks]
         cycles += [each for each in running if each is not None and each.transport is connection.transport]
@@ -173,8 +179,10 @@ def has_read_more(connection: Any) -> bool:
 
 def has_unread_body(connection: Any) -> bool:
     """Whether the rest of a current request's body may still come."""
-    cycles = getattr(connection, "cycles", {}).values() or [getattr(connection, "cycle", None)]
-    return any(cycle is not None and cycle.more_body for cycle in cycles)
+    cycle = getattr(connection, "cycle", None)
+    if cycle is not None:
+        return cycle.more_body  # type: ignore[no-any-return]
+    return any(each.more_body for each in getattr(connection, "cycles", {}).values())
 
 
 def tasks_behind(websocket: Any) -> list[asyncio.Task[Any]]:

@@ -41,14 +41,13 @@ def create_state(config: uvicorn.Config, observer: Observer, on_limit: Callable[
 class TrackedState(ServerState):
     """uvicorn's state, with an observer of its connections."""
 
-    heads: Heads | None = None
+    looks_for_heads: bool = True
+    _heads: Heads | None = None  # made with the first connection
     has_acknowledged: bool = False  # see `ClosingHTTP2State`
 
     def __init__(self, config: uvicorn.Config, observer: Observer) -> None:
         super().__init__()
         self._config = config
-        self.retire: Callable[[Any], object] = observer.retire
-        """Lets a connection of HTTP/2 close as in a stop."""
         self.connections: set[Any] = _ObservedConnections(self, observer)
         self.default_headers: list[tuple[bytes, bytes]] = config.encoded_headers
         self.timer: asyncio.TimerHandle | None = None
@@ -58,27 +57,32 @@ class TrackedState(ServerState):
         self.timer = None
         if not self.connections:
             return
-        interval = 1.0
         if self._config.date_header:
             date = (b"date", formatdate(time.time(), usegmt=True).encode())
             self.default_headers = [date, *self._config.encoded_headers]
-        if self.heads is not None:
-            interval = self.heads.interval
-        elif not self._config.date_header:
-            return
-        self.timer = asyncio.get_running_loop().call_later(interval, self._go_on)
+        if self.looks_for_heads and self._heads is None:
+            self._heads = self.connections.observer.make_heads()  # type: ignore[attr-defined]
+        if self._heads is not None or self._config.date_header:
+            interval = 1.0 if self._heads is None else self._heads.interval
+            self.timer = asyncio.get_running_loop().call_later(interval, self._go_on)
 
     def _go_on(self) -> None:
-        if self.heads is not None:
-            self.heads.look(self.connections)
+        if self._heads is not None:
+            self._heads.look(self.connections)
         self.begin()
+
+    def look_no_more(self) -> None:
+        """Leave it to the stop how long a client may take from here."""
+        self.looks_for_heads = False
+        if self._heads is not None:
+            self._heads.close()
+            self._heads = None  # which holds the observer
 
     def close(self) -> None:
         """Cancel the timer and break the reference cycle with the observer."""
         if self.timer is not None:
             self.timer.cancel()
-        if self.heads is not None:
-            self.heads.close()
+        self.look_no_more()
         if not self.connections:
             self.connections = set()
 
@@ -111,17 +115,17 @@ class _ObservedConnections(set[Any]):
     def __init__(self, state: TrackedState, observer: Observer) -> None:
         super().__init__()
         self._state = state
-        self._observer = observer
+        self.observer = observer
 
     def add(self, connection: Any) -> None:
         super().add(connection)
-        self._observer.connection_added(connection)
+        self.observer.connection_added(connection)
         if self._state.timer is None:
             self._state.begin()
 
     def discard(self, connection: Any) -> None:
         super().discard(connection)
-        self._observer.connection_removed(connection)
+        self.observer.connection_removed(connection)
 
     def remove(self, connection: Any) -> None:
         self.discard(connection)
