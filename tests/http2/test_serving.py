@@ -23,6 +23,7 @@ from tests.helpers import clients
 from tests.helpers.apps import App
 from tests.helpers.http2 import StreamApp, connect, needs_http2
 from tests.helpers.processes import linux_only
+from tests.helpers.threads import in_thread
 from tests.helpers.ways import WAYS, Way
 
 pytestmark = [needs_http2, pytest.mark.usefixtures("quiet")]
@@ -203,12 +204,12 @@ async def test_curl_speaks_http2(how: str, request: pytest.FixtureRequest, caplo
     app = StreamApp()
     async with serving(app, http2=True, **served) as server:
         command = [CURL, "-s", "-m", "10", "--noproxy", "*", "-w", " %{http_version}", *options.get(how, [])]
-        process = await asyncio.create_subprocess_exec(*command, f"{server.url}/big-hold", stdout=subprocess.PIPE)
+        command.append(f"{server.url}/big-hold")
+        running = in_thread(lambda: subprocess.run(command, stdout=subprocess.PIPE, check=True))  # noqa: S603
         await app.come(1)
         server.close()
         app.release.set()
-        output, _ = await process.communicate()
-    assert process.returncode == 0
+        output = (await running).stdout
     if how == "upgrade":
         caplog.clear()  # uvicorn says that it has ignored it
     assert output == bytes(StreamApp.BIG) + (b" 2" if how in ("prior knowledge", "alpn") else b" 1.1")
