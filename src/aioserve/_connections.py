@@ -62,6 +62,7 @@ class Connections:
             listeners,
             functools.partial(protocols.create_protocol, config, self.state, lifespan, settings.access_log),
             ssl=config.ssl,
+            handshake_timeout=settings.header_timeout,
             backlog=config.backlog,
             on_change=condition.notify,
         )
@@ -189,8 +190,9 @@ class Connections:
 
     def cancel(self, handler: asyncio.Task[Any]) -> None:
         self._watch_handlers_soon()
-        silence_expected_errors(protocols.handled_by(handler))
-        handler.cancel()
+        if self._cancellable is None or not self._cancellable.is_cleaning_up(handler):
+            silence_expected_errors(protocols.handled_by(handler))
+            handler.cancel()
 
     def abort_connections(self) -> int:
         self._closer.drop()

@@ -13,6 +13,7 @@ HTTP2_STREAMS = 1.0  # without a moment in which no stream is open, until a clie
 HTTP2_QUIET = 1.0  # for a client without a stream to send other frames than those that begin one
 HTTP2_ACKNOWLEDGEMENT = 0.25  # for a client to tell that it has read its last answer, before its connection closes
 HTTP2_RECENT = 0.02  # the same for one that was idle at the stop, if it had its last answer no longer ago than that
+LOOPS_HANDSHAKE = 60.0  # asyncio's and uvloop's own limit for a TLS handshake
 TLS_HANDSHAKE = 1.0  # for a TLS handshake that is under way when a stop begins
 SLOW_STOP = 1.25  # until a stop says what it waits for; longer than one second for clients that have gone silent
 CANCELLED_HANDLERS = 1.0  # for cancelled handlers to end; one that swallows its cancellation is left behind

@@ -108,10 +108,12 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
             for it, also those that would end by themselves: 0 cuts downloads short.
         header_timeout: How long a client may take to send the head of a request, in seconds, from when it is connected,
             or from the first byte of a later request; up to two seconds longer, since connections are looked at once a
-            second. Then its connection is closed; where bytes had come, with a 408. `None` is no limit. Default: 60.
+            second. Then its connection is closed; where bytes had come, with a 408. A TLS handshake may take so
+            long as well, but never more than a minute. `None` is no limit. Default: 60.
         cancel_on_disconnect: Whether to cancel the handler of a request when its client has gone, as far as the loop
             notices: not while it reads nothing, since the handler leaves a big body unread, or the client has sent
-            more requests. The handler may clean up. A WebSocket's handler is told by `receive()`. Default: `False`.
+            more requests. One that waits for a thread is cancelled when that is done. The handler may clean up. A
+            WebSocket's handler is told by `receive()`. Default: `False`.
         stop_on_signals: `True` (SIGINT and SIGTERM, on Windows also SIGBREAK), or the signals that end the block: its
             body is cancelled, and the block ends normally. A second one forces, except SIGHUP, which a closing terminal
             may send twice. Only in the main thread, and only where the loop does not handle the signal already. If the

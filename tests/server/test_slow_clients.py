@@ -79,7 +79,7 @@ async def test_byte_now_and_then_is_not_enough(http: str) -> None:
 async def test_slow_client_over_tls_is_closed_without_its_help(tls: Any) -> None:
     """TLS would wait half a minute for the client to agree."""
     options, context = tls
-    async with serving(App(), header_timeout=MOMENT, **options) as server:
+    async with serving(App(), header_timeout=0.5, **options) as server:  # which is for the handshake as well
 
         def talk() -> bytes:
             with (
@@ -94,6 +94,15 @@ async def test_slow_client_over_tls_is_closed_without_its_help(tls: Any) -> None
         assert (await in_thread(talk)).startswith(b"HTTP/1.1 408 ")
         while server.stats.connections:
             await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01"], ids=["nothing", "a part"])
+async def test_client_that_does_not_go_on_with_its_tls_handshake_is_closed(sent: bytes, tls: Any) -> None:
+    """The loop's own limit is a minute."""
+    options, _ = tls
+    async with serving(App(), header_timeout=MOMENT, **options) as server, connect(server) as client:
+        client.writer.write(sent)
+        assert await client.rest() == b""
 
 
 @not_portable.unix_sockets
@@ -129,6 +138,47 @@ async def test_slow_handlers_slow_bodies_and_idle_connections_are_left_alone(htt
             assert (await client.answer()).startswith(b"HTTP/1.1 200 ")
         idle.ask("/")
         assert (await idle.answer()).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("http", PROTOCOLS)
+@pytest.mark.parametrize("part", [b"\r\n", b"\r"], ids=["line", "half"])
+async def test_empty_line_between_two_requests_does_not_hold_a_connection(http: str, part: bytes) -> None:
+    """It ends uvicorn's `timeout_keep_alive`, and is not the part of a head for every parser."""
+    async with serving(App(), http=http, header_timeout=MOMENT) as server, connect(server) as client:
+        client.ask("/")
+        await client.answer()
+        client.writer.write(part)
+        await client.rest()
+
+
+@pytest.mark.parametrize("http", [name for name in PROTOCOLS if name != "httptools"])  # which keeps that to itself
+async def test_rest_of_a_body_behind_its_answer_does_not_hold_a_connection(http: str) -> None:
+    """It ends uvicorn's `timeout_keep_alive` as well."""
+    async with serving(App(), http=http, header_timeout=MOMENT) as server, connect(server) as client:
+        client.writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 3\r\n\r\n")
+        await client.answer()
+        client.writer.write(b"abc")
+        await client.rest()
+
+
+@pytest.mark.parametrize("http", PROTOCOLS)
+async def test_slow_body_behind_its_answer_is_left_alone(http: str) -> None:
+    """Also where it has stopped in the middle of the line that says how long a chunk is."""
+    async with (
+        serving(App(), http=http, header_timeout=MOMENT) as server,
+        connect(server) as client,
+        connect(server) as slow,
+    ):
+        client.writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n")
+        await client.answer()
+        client.writer.write(b"5")
+        for _ in range(3):  # each of them sees some looks
+            await slow.rest()
+            async with connect(server) as another:
+                await another.rest()
+        client.writer.write(b"\r\nhello\r\n0\r\n\r\n")
+        client.ask("/")
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_websockets_are_left_alone() -> None:

@@ -10,6 +10,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ async def test_connections_that_wait_are_answered_as_others_close(idle: int) -> 
                 stack.enter_context(socket.create_connection((server.host, server.port)))
             while server.stats.connections < 1 + idle:
                 await asyncio.sleep(0)
+            waiting = [stack.enter_context(ask(server)) for _ in range(WAITING)]  # before the loop turns
+            with no_descriptor_left():
+                await server.aclose()
+            assert [answer(client).endswith(b"hello") for client in waiting] == [True] * WAITING
+    assert server.report is not None
+    assert not server.report.was_forced
+
+
+async def test_descriptor_of_a_listener_that_closes_is_used_for_what_waits_at_another(tmp_path: Path) -> None:
+    """No connection closes that would give its descriptor."""
+    async with serving(App(), port=0, uds=tmp_path / "app.sock", shutdown_timeout=MOMENT) as server:
+        with ExitStack() as stack:
             waiting = [stack.enter_context(ask(server)) for _ in range(WAITING)]  # before the loop turns
             with no_descriptor_left():
                 await server.aclose()

@@ -55,6 +55,7 @@ class Acceptor:
         make_protocol: Callable[[], asyncio.Protocol],
         *,
         ssl: ssl.SSLContext | None,
+        handshake_timeout: float | None,
         backlog: int,
         on_change: Callable[[], None],
     ) -> None:
@@ -67,9 +68,8 @@ class Acceptor:
         self._flush_watches: dict[asyncio.BaseTransport, FlushWatch] = {}
         self._loop = asyncio.get_running_loop()
         self._make_protocol = make_protocol
-        self._ssl = ssl
-        self._backlog = backlog
-        self._on_change = on_change
+        self._ssl, self._handshake_timeout = ssl, handshake_timeout
+        self._backlog, self._on_change = backlog, on_change
         self._serving = False
         self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
         self._handshakes: dict[asyncio.Task[Any], asyncio.Transport] = {}
@@ -128,15 +128,15 @@ class Acceptor:
 
     def accept_rest(self) -> None:
         """Accept what waits in the queues of our own sockets, and close each one whose queue is empty."""
-        if self.has_rest:
+        before = len(self._listeners) + 1
+        while self.has_rest and len(self._listeners) < before:  # one that was closed has left its descriptor
+            before = len(self._listeners)
             for listener in list(self._listeners):
                 can_accept = not listener.lent and _is_readable(listener.socket) and self._loop.is_running()
                 if can_accept and not self._context.run(self._accept, listener):
                     continue
                 if self._is_used and not listener.lent:
-                    with suppress(OSError):
-                        # Also for the copies in other processes: C code can fork without Python's knowledge.
-                        listener.socket.shutdown(socket.SHUT_RDWR)
+                    _refuse_connections(listener.socket)
                 listener.close()
                 self._listeners.remove(listener)
             self.has_rest = bool(self._listeners)
@@ -261,7 +261,7 @@ class Acceptor:
     async def _shake_hands(self, raw: asyncio.Transport, handshake: Handshake, context: ssl.SSLContext) -> None:
         self._handshakes[asyncio.current_task()] = raw  # type: ignore[index]
         try:
-            transport = await handshake.start_tls(raw, context)
+            transport = await handshake.start_tls(raw, context, self._handshake_timeout)
         except BaseException:
             if self._loop.is_closed():
                 return  # this is garbage, and asyncio has tried to call the loop
@@ -327,6 +327,12 @@ def _drop_new_connections(sock: socket.socket) -> None:
         address, _ = _NO_SYN.buffer_info()
         with suppress(OSError):  # not on this architecture, or in this sandbox
             sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
+
+
+def _refuse_connections(sock: socket.socket) -> None:
+    """Let it listen no more, nor its copies in other processes: C code can fork without Python's knowledge."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _is_readable(sock: socket.socket) -> bool:

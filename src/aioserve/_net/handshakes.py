@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
+from aioserve import _limits
+
 T = TypeVar("T")
 
 
@@ -30,11 +32,16 @@ class Handshake(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
 
-    async def start_tls(self, raw: Any, context: ssl.SSLContext) -> asyncio.Transport:
-        """Do the handshake on a raw transport, whose protocol this is; return the TLS transport."""
+    async def start_tls(self, raw: Any, context: ssl.SSLContext, timeout: float | None) -> asyncio.Transport:
+        """
+        Do the handshake on a raw transport, whose protocol this is; return the TLS transport.
+
+        It may take `timeout` seconds, and no longer than the loop's own limit, a minute.
+        """
         loop = asyncio.get_running_loop()
         raw.pause_reading()
-        starting = loop.start_tls(raw, self, context, server_side=True)
+        seconds = None if timeout is None or timeout >= _limits.LOOPS_HANDSHAKE else timeout
+        starting = loop.start_tls(raw, self, context, server_side=True, ssl_handshake_timeout=seconds)
         transport = await after_first_step(starting, lambda: loop.call_soon(self._pass_on, raw))
         assert transport is not None
         return transport

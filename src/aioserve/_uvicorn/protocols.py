@@ -113,16 +113,29 @@ def awaited_head(connection: Any) -> object:
     """
     Return which head of a request a connection waits for, of which a part may have come; `None` for no head.
 
-    Between two requests, uvicorn's `timeout_keep_alive` has the say until something comes.
+    Between two requests, uvicorn's `timeout_keep_alive` has the say until something comes, be it an empty line.
     """
     if not is_http(connection):
         return None
     if http2.is_http2(connection):
         return http2.awaited_head(connection)
-    state = connection_state(connection)
-    if state == "new":
+    state, cycle = connection_state(connection), getattr(connection, "cycle", None)
+    if state == "busy" or (state == "idle" and connection.timeout_keep_alive_task is not None):
+        return None
+    if cycle is None:
         return "first"
-    return getattr(connection, "cycle", None) or "first" if state == "partial" else None
+    return None if _is_sending_body(connection) else cycle
+
+
+def _is_sending_body(connection: Any) -> bool:
+    """Whether the rest of a body is still to come whose request has its answer; or may be, with httptools."""
+    cycle = connection.cycle
+    if hasattr(getattr(connection, "conn", None), "trailing_data"):  # h11, where uvicorn does not see its end
+        return repr(connection.conn.their_state) == "SEND_BODY"
+    if not cycle.more_body or connection.scope is not cycle.scope:
+        return False
+    # An eager task can have answered before uvicorn has seen that there is no body.
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in cycle.scope["headers"])
 
 
 def shows_first_request(connection: Any) -> bool:
