@@ -267,9 +267,22 @@ def own_line(frames: dict[FrameType, str]) -> str | None:
     return next(own, None)
 
 
-def is_in_thread(frames: dict[FrameType, str]) -> bool:
+def is_in_thread(frames: Iterable[FrameType]) -> bool:
     """Whether they wait for a thread, which no cancellation ends."""
     return any(frame.f_code.co_name in _IN_THREAD and _package_of(frame) in _LIBRARIES for frame in frames)
+
+
+def awaited_thread(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
+    """What a task waits for, by itself or by another task, until a thread is done; `None` if it waits for none."""
+    tasks = [task]
+    for each in tasks:
+        frames = _frames_of_coroutine(each.get_coro())
+        innermost = next(reversed(frames), None)  # further out, it would wait for its turn to use a thread
+        if innermost is not None and is_in_thread([innermost]) and not _variable(innermost, "abandon_on_cancel"):
+            return getattr(each, "_fut_waiter", None)
+        tasks += [inner for inner in _inner_tasks(each, frames) if not any(inner is known for known in tasks)]
+        del tasks[_limits.INNER_TASKS :]
+    return None
 
 
 def _package_of(frame: FrameType) -> str:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 from uvicorn.config import HTTP_PROTOCOLS
@@ -18,8 +20,8 @@ from uvicorn.config import HTTP_PROTOCOLS
 from aioserve import Swappable, serving, start
 from tests.helpers import not_portable
 from tests.helpers.apps import App, AppError, Receive, Scope, Send
-from tests.helpers.clients import connect, connect_tls
-from tests.helpers.turns import turns
+from tests.helpers.clients import PIPELINING, REQUEST, UPGRADE, connect, connect_tls
+from tests.helpers.turns import MOMENT, turns
 
 PROTOCOLS = [name for name in HTTP_PROTOCOLS if name != "auto"]
 FEW = 20  # turns of the loop, in which something that is not to happen would happen
@@ -113,6 +115,47 @@ async def test_handler_that_a_stop_has_cancelled_is_not_disturbed_in_its_clean_u
         app.may_end.set()
         await closing
     assert "cleaned up" in app.events
+
+
+async def test_clean_up_is_not_disturbed_by_a_stop_that_is_forced() -> None:
+    """It was cancelled just now, and has its second for that, as a handler that the stop cancels."""
+    app = Cleaning()
+    server = await start(app, cancel_on_disconnect=True)
+    async with connect(server) as client:
+        client.ask("/hold")
+        await app.holding.wait()
+    await app.cancelled.wait()
+    server.close(timeout=0)
+    await turns(FEW)
+    app.may_end.set()
+    await server.wait_closed()
+    assert app.events[-3:] == ["cleaned up", "shutdown", "lifespan over"]
+
+
+@pytest.mark.usefixtures("short_grace")
+async def test_handler_that_goes_on_is_cancelled_again_by_force() -> None:
+    """When it has had its time."""
+    cancellations = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal cancellations
+        began.set()
+        while cancellations < 2:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancellations += 1
+                began.set()
+
+    began = asyncio.Event()
+    server = await start(app, lifespan="off", cancel_on_disconnect=True, shutdown_timeout=2 * MOMENT)
+    async with connect(server) as client:
+        client.ask("/")
+        await began.wait()
+        began.clear()
+    await began.wait()
+    await server.aclose()
+    assert cancellations == 2
 
 
 async def test_client_that_goes_in_a_stop_ends_it_soon() -> None:
@@ -229,6 +272,88 @@ async def test_handler_is_cancelled_on_a_unix_socket(tmp_path: Path) -> None:
             client.ask("/hold")
             await app.holding.wait()
         await app.cancelled.wait()
+
+
+@pytest.mark.parametrize("http", PIPELINING)
+async def test_client_that_goes_behind_pipelined_requests_has_no_line_in_the_access_log(
+    http: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None of them was answered, with 500 or anything else."""
+    caplog.set_level("INFO", "uvicorn.access")
+    told = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":  # so that the connection is read
+            told.set()
+        await asyncio.Event().wait()
+
+    async with serving(app, http=http, lifespan="off", cancel_on_disconnect=True) as server:
+        async with connect(server) as client:
+            client.writer.write(REQUEST % b"/one" + REQUEST % b"/two")
+            await told.wait()
+    assert [record.getMessage() for record in caplog.records if record.name == "uvicorn.access"] == []
+
+
+@pytest.mark.parametrize("http", PIPELINING)
+async def test_handler_with_an_upgrade_behind_it_is_not_cancelled(http: str) -> None:
+    """Its client is there, though uvicorn gives the connection to another protocol before it has its answer."""
+    app = App()
+    async with serving(app, http=http, cancel_on_disconnect=True) as server, connect(server) as client:
+        client.writer.write(REQUEST % b"/hold" + UPGRADE)
+        await app.holding.wait()
+        await turns(FEW)
+        app.release.set()
+        assert b"HTTP/1.1 200 " in await client.answer()
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_handler_in_a_thread_is_cancelled_when_the_thread_is_done(middleware: bool) -> None:
+    """Before, the thread would be left behind, where neither anyio's limit nor a stop knows of it."""
+    app = FastAPI()
+    began, ended = threading.Event(), threading.Event()
+    cancelled: list[str] = []
+
+    if middleware:
+
+        @app.middleware("http")
+        async def through(request: Any, call_next: Any) -> Any:
+            return await call_next(request)
+
+    def work() -> None:
+        began.set()
+        ended.wait(20)
+
+    @app.get("/")
+    async def endpoint() -> None:
+        await run_in_threadpool(work)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append("behind the thread")
+            raise
+
+    async def main() -> None:
+        server = await start(app, cancel_on_disconnect=True)
+        try:
+            async with connect(server) as client:
+                client.ask("/")
+                while not began.is_set():
+                    await asyncio.sleep(0)
+            while server.stats.connections:
+                await asyncio.sleep(0)
+            await turns(FEW)
+            assert server.stats.in_flight == 1
+            closing = asyncio.create_task(server.aclose())
+            await turns(FEW)
+            assert not closing.done()
+        finally:
+            ended.set()
+        await closing
+        assert server.report is not None
+        assert not server.report.was_forced
+
+    asyncio.run(main())  # a loop of its own: the worker thread lives as long as its loop
+    assert cancelled == ["behind the thread"]
 
 
 async def test_mistake_of_the_app_is_logged(caplog: pytest.LogCaptureFixture) -> None:
