@@ -8,6 +8,7 @@ from typing import Any
 
 from aioserve import _limits
 from aioserve._log import logger
+from aioserve._report import count
 from aioserve._uvicorn import protocols
 
 
@@ -32,7 +33,7 @@ class HeadTimeout:
         waiting = {}
         is_closing = bool(self._late)
         for connection in connections:
-            awaited = protocols.awaited_head(connection)
+            awaited = None if connection.transport.is_closing() else protocols.awaited_head(connection)
             if awaited is not None:
                 before, since = self._waiting.get(connection, (awaited, now))
                 if before != awaited:
@@ -42,7 +43,7 @@ class HeadTimeout:
                 waiting[connection] = awaited, since
         self._waiting = waiting
         if self._late and not is_closing:
-            logger.debug("closing %d connections that have sent no request in %g s", len(self._late), self._seconds)
+            logger.debug("closing %s without a request in %g s", count(len(self._late), "connection"), self._seconds)
             self._close_some()
 
     def _close_some(self) -> None:

@@ -16,7 +16,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from aioserve import Server, Swappable, serving, start
 from tests.helpers import not_portable
-from tests.helpers.apps import App
+from tests.helpers.apps import App, Receive, Scope, Send
 from tests.helpers.clients import PIPELINING, UPGRADE, connect, get
 from tests.helpers.threads import in_thread
 from tests.helpers.turns import MOMENT
@@ -74,6 +74,28 @@ async def test_byte_now_and_then_is_not_enough(http: str) -> None:
         else:
             pytest.fail("it was not closed")
     assert server.stats.served == 0
+
+
+async def test_slow_client_that_reads_nothing_is_closed_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Its connection stays until it has read the answer before, and is not closed again at each look."""
+    size = 10_000_000  # more than a kernel keeps
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    caplog.set_level("DEBUG", "aioserve")
+    async with serving(app, lifespan="off", header_timeout=MOMENT) as server, connect(server) as client:
+        client.ask("/")
+        while not server.stats.served:
+            await asyncio.sleep(0)
+        client.writer.write(b"GET / HT")
+        for _ in range(3):
+            async with connect(server) as slow:
+                await slow.rest()
+        assert (await client.rest()).rpartition(b"\0")[2].startswith(b"HTTP/1.1 408 ")
+    lines = [record.getMessage() for record in caplog.records if "closing " in record.getMessage()]
+    assert sum(int(line.split()[1]) for line in lines) == 4
 
 
 async def test_slow_client_over_tls_is_closed_without_its_help(tls: Any) -> None:
