@@ -88,6 +88,7 @@ OF_HTTP = [
     Thing(
         "http", "conn.trailing_data", "The part of a request that has arrived would be discarded by a stop.", ("h11",)
     ),
+    Thing("http", "conn.their_state", "A slow body whose request has its answer would be cut off.", ("h11",)),
     Thing("http", "scope", "The part of a request that has arrived would be discarded by a stop.", ("httptools",)),
     Thing("http", "pipeline", "Pipelined requests would be answered without connection: close.", ("httptools",)),
 ]

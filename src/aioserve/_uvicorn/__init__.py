@@ -15,6 +15,7 @@ What it relies on, in uvicorn 0.40 to 0.54 (a test names each of these, and says
 - Their `timeout_keep_alive_task` is a timer after a response, and `None` again as soon as more bytes have arrived. A
   lost connection can leave it behind.
 - Whether a part of a next request has arrived: httptools' `scope` and `pipeline` and h11's `conn.trailing_data` say so.
+  h11's `conn.their_state` says whether it is the part of a body.
 - Each protocol has `transport`, and `shutdown()`: it closes an idle connection, and a WebSocket with 1012.
 - A WebSocket's `handshake_complete` says whether its app has accepted or refused it; with a response of its own,
   `response_started` (wsproto) or `initial_response` (websockets-sansio) says that this has begun, and `close_sent` that
