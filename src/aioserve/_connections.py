@@ -71,7 +71,7 @@ class Connections:
         self._has_tls = config.ssl is not None
         self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
-        self.has_more_requests = self._closer.has_more_requests
+        self.has_more_requests: Callable[[Any], bool] = self._closer.has_more_requests
         self._header_timeout = settings.header_timeout
         self._has_http2 = hasattr(config.http_protocol_class, "alpn_protocols")
         self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
