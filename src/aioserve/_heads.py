@@ -21,7 +21,7 @@ class HeadTimeout:
     """
 
     def __init__(self, seconds: float, close: Callable[[Any], None]) -> None:
-        self.interval: float = min(1.0, seconds)
+        self.interval: float = min(1.0, max(seconds, _limits.SHORTEST_LOOK))
         self._seconds = seconds
         self._close = close
         self._waiting: dict[Any, tuple[object, float]] = {}  # what has been awaited, and since when
