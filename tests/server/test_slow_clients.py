@@ -101,7 +101,9 @@ async def test_slow_client_that_reads_nothing_is_closed_once(caplog: pytest.LogC
 async def test_slow_client_over_tls_is_closed_without_its_help(tls: Any) -> None:
     """TLS would wait half a minute for the client to agree."""
     options, context = tls
-    async with serving(App(), header_timeout=0.5, **options) as server:  # which is for the handshake as well
+    async with serving(
+        App(), http=PIPELINING[0], header_timeout=0.5, **options
+    ) as server:  # which is for the handshake as well
 
         def talk() -> bytes:
             with (
@@ -122,7 +124,10 @@ async def test_slow_client_over_tls_is_closed_without_its_help(tls: Any) -> None
 async def test_client_that_does_not_go_on_with_its_tls_handshake_is_closed(sent: bytes, tls: Any) -> None:
     """The loop's own limit is a minute."""
     options, _ = tls
-    async with serving(App(), header_timeout=MOMENT, **options) as server, connect(server) as client:
+    async with (
+        serving(App(), http=PIPELINING[0], header_timeout=MOMENT, **options) as server,
+        connect(server) as client,
+    ):
         client.writer.write(sent)
         assert await client.rest() == b""
 
@@ -130,7 +135,10 @@ async def test_client_that_does_not_go_on_with_its_tls_handshake_is_closed(sent:
 @not_portable.unix_sockets
 async def test_slow_client_on_a_unix_socket_is_closed(tmp_path: Path) -> None:
     """As on TCP."""
-    async with serving(App(), uds=tmp_path / "app.sock", header_timeout=MOMENT) as server, connect(server) as client:
+    async with (
+        serving(App(), http=PIPELINING[0], uds=tmp_path / "app.sock", header_timeout=MOMENT) as server,
+        connect(server) as client,
+    ):
         client.writer.write(b"GET / HT")
         assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
 
