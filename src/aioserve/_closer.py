@@ -105,11 +105,16 @@ class Closer:
         if connection.transport.is_closing():
             return False
         state = self._state_of(connection)
-        is_partial = state in ("new", "partial") or (state == "idle" and http2.is_http2(connection))
+        is_partial = state in ("new", "partial")
+        if state == "idle" and http2.is_http2(connection):
+            # Otherwise its client does not read the answers; but a loop for Windows is always about to send something.
+            is_partial = self._acceptor.is_portable or connection.transport.get_write_buffer_size() == 0
         if not is_partial or self.unread(connection):
             return False
         protocols.close_gracefully(connection)
         self.see_off(connection)
+        if self._is_dropping and self._has_tls and self._acceptor.is_portable:  # its last words may not be sent yet
+            after_turns(_limits.SETTLING_TURNS, self._acceptor.raw_transport(connection.transport).abort)
         return True
 
     def close_late(self, connection: Any) -> None:

@@ -5,6 +5,7 @@ What a stop with HTTP/2 does when its time is over: handlers are cancelled, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -142,15 +143,17 @@ async def test_cancelled_block_answers_its_streams_and_one_cancelled_twice_cance
 
 async def test_crash_of_the_app_stops_the_server_with_streams_in_flight() -> None:
     app = StreamApp()
-    with pytest.raises(ServerCrashedError):
-        async with serving(app, http2=True) as server, connect(server) as client:
-            client.ask("/hold")
-            await app.come(1)
-            app.crash.set()
-            app.release.set()
-            await client.end()
-            await asyncio.Event().wait()
-    assert client.all_is_answered()
+    async with contextlib.AsyncExitStack() as clients:
+        with pytest.raises(ServerCrashedError):
+            async with serving(app, http2=True) as server:
+                client = await clients.enter_async_context(connect(server))
+                client.ask("/hold")
+                await app.come(1)
+                app.crash.set()
+                app.release.set()
+                await asyncio.Event().wait()
+        await client.end()
+        assert client.all_is_answered()
 
 
 async def test_second_close_shortens_the_first() -> None:

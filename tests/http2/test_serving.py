@@ -19,7 +19,7 @@ import trustme
 import uvicorn
 
 from aioserve import Server, StartupError, Swappable, serving, serving_process, start, start_in_thread, testing
-from tests.helpers import clients
+from tests.helpers import clients, not_portable
 from tests.helpers.apps import App
 from tests.helpers.http2 import StreamApp, connect, needs_http2
 from tests.helpers.processes import linux_only
@@ -94,6 +94,7 @@ async def test_ready_context_speaks_http2(authority: trustme.CA, trusting: ssl.S
         assert (await clients.get(server)).http_version == "HTTP/1.1"
 
 
+@not_portable.unix_sockets
 async def test_unix_socket_speaks_http2_and_names_itself(tmp_path: Path) -> None:
     app, path = StreamApp(), str(tmp_path / "app.sock")
     async with serving(app, http2=True, uds=path) as server, connect(server) as client:
@@ -107,6 +108,7 @@ async def test_unix_socket_speaks_http2_and_names_itself(tmp_path: Path) -> None
     assert app.scopes[0]["server"] == (path, None)
 
 
+@not_portable.lent_twice
 @pytest.mark.parametrize("how", ["sockets", "fd"])
 async def test_lent_socket_speaks_http2(how: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as lent:
@@ -145,6 +147,7 @@ def test_thread_speaks_http2() -> None:
 
 
 @linux_only
+@not_portable.child_processes
 @pytest.mark.parametrize("with_tls", [False, True])
 async def test_child_process_speaks_http2(with_tls: bool, request: pytest.FixtureRequest) -> None:
     options, verify = request.getfixturevalue("tls") if with_tls else ({}, False)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from aioserve import _limits, serving, start
+from tests.helpers import not_portable
 from tests.helpers.http2 import (
     ANY_STREAM,
     CONTINUATION,
@@ -156,7 +157,7 @@ async def test_client_that_acknowledges_no_ping_gets_the_goaway_after_a_moment(m
         await client.is_told()
     assert client.all_is_answered()
     assert server.report is not None
-    assert server.report.duration < 1
+    assert not server.report.was_forced
 
 
 async def test_wrong_acknowledgement_of_a_ping_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +187,7 @@ async def test_idle_connection_gets_its_goaway_at_once(monkeypatch: pytest.Monke
     assert not client.pings
 
 
+@not_portable.unread
 async def test_connection_that_has_just_been_answered_is_asked_by_a_ping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_limits, "HTTP2_RECENT", 60)
     async with serving(StreamApp(), http2=True) as server, connect(server) as client:
