@@ -66,6 +66,7 @@ class Connections:
             backlog=config.backlog,
             on_change=condition.notify,
         )
+        self.acceptor.handlers = self.state.tasks
         self._loop = asyncio.get_running_loop()
         self._condition = condition
         self._has_tls = config.ssl is not None

@@ -56,6 +56,10 @@ class HeadTimeout:
         if self._late:
             asyncio.get_running_loop().call_soon(self._close_some)
 
+    def forget(self, connection: Any) -> None:
+        """Hold no connection that is gone until the next look."""
+        self._waiting.pop(connection, None)
+
     def close(self) -> None:
         self._late.clear()
         self._waiting.clear()

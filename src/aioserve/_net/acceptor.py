@@ -16,8 +16,9 @@ import socket
 import ssl
 import struct
 import sys
+import time
 from array import array
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Acceptor:
     """Whether the loop can watch no sockets of ours; then nobody knows what has arrived and is not read yet."""
     has_rest: bool = False
     """Whether connections wait in the queues of sockets that are about to close."""
+    handlers: Collection[object] = ()  # of the requests in flight
     _watch: type[FlushWatch] = FlushWatch
 
     def __init__(
@@ -66,11 +68,9 @@ class Acceptor:
         self._reserve = _Reserve()
         self._raw_transports: dict[asyncio.BaseTransport, asyncio.Transport] = {}
         self._flush_watches: dict[asyncio.BaseTransport, FlushWatch] = {}
-        self._loop = asyncio.get_running_loop()
-        self._make_protocol = make_protocol
+        self._loop, self._make_protocol, self._serving = asyncio.get_running_loop(), make_protocol, False
         self._ssl, self._handshake_timeout = ssl, handshake_timeout
         self._backlog, self._on_change = backlog, on_change
-        self._serving = False
         self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
         self._handshakes: dict[asyncio.Task[Any], asyncio.Transport] = {}
         self._context: contextvars.Context
@@ -117,8 +117,9 @@ class Acceptor:
         self._is_used = self._accepted_in == os.getpid()  # not in a fork of the process that has accepted something
         for listener in self._listeners:
             listener.remove_file()
-            if self._is_used and not listener.lent:
-                _drop_new_connections(listener.socket)
+        if self._is_used:
+            own = [each.socket for each in self._listeners if not each.lent]
+            _drop_new_connections(own, has_clients=bool(self.handlers))
         for retry in self._retries.values():
             retry.cancel()
         self.has_rest = True
@@ -317,16 +318,21 @@ _NO_SYN = array("B", struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's module
 
 
-def _drop_new_connections(sock: socket.socket) -> None:
+def _drop_new_connections(listening: Iterable[socket.socket], *, has_clients: bool) -> None:
     """
     Let no new connection begin, so that none comes between the last look at the queue and the close, which resets it.
 
-    On Linux, and for TCP. The clients try again after a second, and are refused then, or reach the next server.
+    On Linux, and for TCP. The clients try again after a second, and are refused then, or reach the next server. On
+    another processor, one may be between its SYN and the end of its handshake, which takes some microseconds. That is
+    waited for where requests are in flight; where nobody is answered, hardly anybody connects.
     """
-    if sys.platform == "linux" and sock.family != socket.AF_UNIX:
-        address, _ = _NO_SYN.buffer_info()
-        with suppress(OSError):  # not on this architecture, or in this sandbox
-            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
+    for sock in listening:
+        if sys.platform == "linux" and sock.family != socket.AF_UNIX:
+            address, _ = _NO_SYN.buffer_info()
+            with suppress(OSError):  # not on this architecture, or in this sandbox
+                sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
+    if has_clients:
+        time.sleep(_limits.LAST_HANDSHAKES)
 
 
 def _refuse_connections(sock: socket.socket) -> None:

@@ -26,6 +26,7 @@ class Heads(Protocol):
     """Seconds between two looks."""
 
     def look(self, connections: Iterable[Any]) -> None: ...
+    def forget(self, connection: Any) -> None: ...
     def close(self) -> None: ...
 
 
@@ -70,6 +71,10 @@ class TrackedState(ServerState):
         if self._heads is not None:
             self._heads.look(self.connections)
         self.begin()
+
+    def forget(self, connection: Any) -> None:
+        if self._heads is not None:
+            self._heads.forget(connection)
 
     def look_no_more(self) -> None:
         """Leave it to the stop how long a client may take from here."""
@@ -125,6 +130,7 @@ class _ObservedConnections(set[Any]):
 
     def discard(self, connection: Any) -> None:
         super().discard(connection)
+        self._state.forget(connection)
         self.observer.connection_removed(connection)
 
     def remove(self, connection: Any) -> None:
