@@ -119,7 +119,7 @@ class Closer:
 
     def close_late(self, connection: Any) -> None:
         """Close a connection whose client was too slow to send the head of a request; answer what has come of one."""
-        if self._state_of(connection) == "partial" and not http2.is_http2(connection):
+        if not http2.is_http2(connection) and self._state_of(connection) == "partial":
             connection.transport.write(_TIMEOUT)
         protocols.close_gracefully(connection)
         self._acceptor.when_flushed(connection.transport, hang_up)  # with TLS, the client would have to agree
@@ -143,7 +143,7 @@ class Closer:
         if state == "new" and not (self._has_tls or protocols.shows_first_request(connection)):
             info = tcp_info(connection.transport)
             return "partial" if info is not None and info.received else state
-        # The rest of a body whose request has its answer is not waited for; nor is a client of HTTP/2 for ever.
+        # The rest of a body whose request has its answer is not waited for, and other frames only for a limited time.
         if protocols.has_unread_body(connection) or not self.unread(connection):
             return state
         is_flooding = state == "idle" and http2.is_http2(connection) and connection.server_state.is_flooding()

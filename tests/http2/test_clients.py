@@ -8,6 +8,7 @@ import asyncio
 import logging
 import socket
 import ssl
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,6 +66,23 @@ async def test_client_that_never_completes_a_head_is_told_to_go() -> None:
             client.send(HALF_A_HEAD[:9])
             await client.is_told()
             assert client.goaways == [(1, 0)]
+
+
+async def test_client_whose_bytes_are_not_read_yet_is_closed_as_well() -> None:
+    """They have arrived, and its connection has not read them."""
+    async with serving(App(), http2=True, header_timeout=0.2, timeout_keep_alive=1000) as server:
+        async with connect(server) as client:
+            await client.answer(client.ask())
+            await asyncio.sleep(0.4)  # two looks have seen it idle
+            connection: Any = next(iter(server.uvicorn.server_state.connections))
+            timer = connection.timeout_keep_alive_task
+            client.send(HALF_A_HEAD[:9])
+            while connection.timeout_keep_alive_task is timer:
+                await asyncio.sleep(0)
+            connection.transport.pause_reading()
+            client.send(HALF_A_HEAD[9:])
+            while server.stats.connections:
+                await asyncio.sleep(MOMENT)
 
 
 async def test_idle_client_is_left_to_the_keep_alive_timeout() -> None:
@@ -195,8 +213,7 @@ async def test_request_that_comes_with_the_end_of_the_handshake_is_answered(earl
 
     async with serving(App(), http2=True, **options) as server:
         for _ in range(3):
-            port = server.port
-            assert (await in_thread(lambda: talk(port))).answers[1].body == b"hello"  # noqa: B023
+            assert (await in_thread(partial(talk, server.port))).answers[1].body == b"hello"
         while server.stats.connections:
             await asyncio.sleep(0)
 
