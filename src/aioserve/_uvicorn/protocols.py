@@ -113,7 +113,7 @@ def awaited_head(connection: Any) -> object:
     """
     Return which head of a request a connection waits for, of which a part may have come; `None` for no head.
 
-    Between two requests, uvicorn's `timeout_keep_alive` has the say until something comes, be it an empty line.
+    Between two requests, uvicorn's `timeout_keep_alive` has the say until something comes, even an empty line.
     """
     if not is_http(connection):
         return None
