@@ -21,6 +21,7 @@ from aioserve import _options
 from aioserve._process.command import OWN_OPTIONS, PASSED_OPTIONS
 from aioserve._settings import Settings
 from aioserve._settings import parse as parse_settings
+from tests.helpers.http2 import needs_http2
 from tests.helpers.programs import ROOT, Program
 
 COMMAND = ("-m", "aioserve")
@@ -65,6 +66,25 @@ def test_command_serves_until_a_signal(name: str, loop: str) -> None:
         f"INFO:     {name}: stopping http://127.0.0.1:8000",
         "INFO:     Closed http://127.0.0.1:8000",
     ]
+
+
+@needs_http2
+def test_options_for_slow_and_vanished_clients_and_http2_reach_the_server() -> None:
+    """Given as options of the command."""
+    arguments = ["--http2", "--header-timeout", "0.2", "--cancel-on-disconnect", "--shutdown-timeout", "none"]
+    with command("tests.helpers.apps:factory", "--factory", "--port", "0", *arguments) as program:
+        url = program.wait_for("http://127.0.0.1:")
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with httpx.Client(http1=False, http2=True, trust_env=False) as client:
+            assert client.get(url).http_version == "HTTP/2"
+        with socket.create_connection(address, timeout=10) as slow:
+            slow.sendall(b"GET / HT")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(address, timeout=10) as vanishing:
+            vanishing.sendall(b"GET /hold HTTP/1.1\r\nhost: test\r\n\r\n")
+            assert httpx.get(url, trust_env=False).text == "hello"  # so the other one has begun
+        program.send(signal.SIGTERM)
+        assert program.end()[0] == 0  # there is nobody to wait for
 
 
 def test_aioserve_is_installed_as_a_command() -> None:

@@ -193,6 +193,23 @@ async def test_child_accepts_every_form_of_log_level(level: Any, capfd: pytest.C
         assert (await get(server)).text == "hello"
 
 
+@linux_only
+async def test_child_takes_the_options_for_slow_and_vanished_clients() -> None:
+    """They are the child's; without the second one, the stop would wait for the handler."""
+    options: Any = {"header_timeout": 0.2, "cancel_on_disconnect": True, "shutdown_timeout": None}
+    async with serving_process("tests.helpers.apps:factory", factory=True, **options) as server:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(b"GET / HT")
+        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+        await writer.wait_closed()
+        _, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(b"GET /hold HTTP/1.1\r\nhost: test\r\n\r\n")
+        assert (await get(server)).text == "hello"  # so the other one has begun
+        writer.close()
+        await writer.wait_closed()
+
+
 def test_parent_without_a_standard_output_can_start_a_child() -> None:
     """Daemons have none."""
     with Program("-c", WITHOUT_OUTPUT) as program:
