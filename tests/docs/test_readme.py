@@ -5,120 +5,20 @@ The examples of the README run, and print what the README says; its tables agree
 from __future__ import annotations
 
 import ast
-import asyncio
 import builtins
-import contextlib
-import doctest
 import importlib.metadata
-import inspect
-import io
-import logging
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
-from sybil import Document, Example
-from sybil.parsers.markdown import CodeBlockParser
 
 import aioserve
 from aioserve import _options
 from aioserve._process import command as __main__
 from aioserve._process import program as _program
 from aioserve._settings import parse
-from tests.conftest import WARNINGS_ARE_ERRORS
 from tests.helpers.apps import App
 
 README = Path(__file__).parents[2] / "README.md"
-
-
-class Evaluator:
-    """
-    Runs Python blocks, with `await` at their top level as in a notebook, and compares what they print with the text
-    block that follows; hands blocks with tests in them to pytest.
-    """
-
-    def __init__(self, runner: asyncio.Runner, path: Path) -> None:
-        self.runner = runner
-        self.path = path
-        self.printed = ""
-        self.files = 0
-
-    def python(self, example: Example) -> None:
-        if "def test_" in example.parsed:
-            self.run_tests(example.parsed)
-            return
-        source = "\n" * example.parsed.line_offset + example.parsed
-        code = compile(source, str(README), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            if code.co_flags & inspect.CO_COROUTINE:
-                self.runner.run(eval(code, example.namespace))  # noqa: S307 (our own README)
-            else:
-                exec(code, example.namespace)  # noqa: S102
-        self.printed = out.getvalue()
-
-    def run_tests(self, source: str) -> None:
-        self.files += 1
-        file = self.path / f"test_example_{self.files}.py"
-        file.write_text(source)
-        (self.path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WARNINGS_ARE_ERRORS, str(file)]
-        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)  # noqa: S603
-        assert done.returncode == 0, done.stdout
-
-    def text(self, example: Example) -> str | None:
-        if doctest.OutputChecker().check_output(example.parsed, self.printed, doctest.ELLIPSIS):
-            return None
-        return f"Expected:\n{example.parsed}\nPrinted:\n{self.printed}"
-
-
-def sections() -> dict[str, str]:
-    """Return the sections of the README with Python code by their headings; each can be run alone."""
-    _, *parts = re.split(r"^#+ (.*)$", README.read_text(), flags=re.MULTILINE)
-    code = {heading: text for heading, text in zip(parts[::2], parts[1::2], strict=True) if "```python" in text}
-    assert len(code) == 22
-    return code
-
-
-@pytest.fixture
-def as_it_was() -> Iterator[None]:
-    """Undo what an example may do to the whole program."""
-    loggers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access")]
-    before = sys.stderr, [(logger, logger.level, logger.propagate) for logger in loggers]
-    yield
-    sys.stderr, states = before
-    for logger, level, propagate in states:
-        logger.handlers.clear()
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
-@pytest.mark.usefixtures("as_it_was")
-@pytest.mark.parametrize("text", sections().values(), ids=sections())
-def test_example_of_the_readme_prints_what_the_readme_says(text: str, tmp_path: Path) -> None:
-    """An example that consists of tests passes."""
-    with asyncio.Runner() as runner:
-        evaluator = Evaluator(runner, tmp_path)
-        parsers = [CodeBlockParser("python", evaluator.python), CodeBlockParser("text", evaluator.text)]
-        document = Document(text, str(README))
-        for parser in parsers:
-            for region in parser(document):
-                document.add(region)
-        for example in document.examples():
-            example.evaluate()
-
-
-def test_code_that_the_readme_replaces_is_valid_python() -> None:
-    """It is compiled and not run: it shows how other libraries are used."""
-    blocks = re.findall(r"^```py\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    blocks = [block for block in blocks if not block.startswith("# ")]  # a file that tests/integration runs
-    assert len(blocks) == 4
-    for block in blocks:
-        compile(block, str(README), "exec")
 
 
 def test_options_in_the_readme_are_all_the_options() -> None:
