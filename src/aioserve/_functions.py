@@ -5,6 +5,7 @@ Signatures and docstrings of the functions that serve, for editors and `help()`;
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +34,13 @@ def with_options(described_by: Callable[..., Any] | None = None) -> Callable[[Fu
         return public(function)
 
     return decorate
+
+
+def describe(function: Callable[..., Any], option: str) -> str:
+    """Return the first sentence that a function's docstring says of an option; "" under ``-OO``."""
+    arguments = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.search(rf"^    {option}: (.*?[.])(?=\s|$)", arguments, flags=re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].replace("`", "").split()) if found else ""
 
 
 class OptionsSignature(inspect.Signature):

@@ -1,27 +1,35 @@
 """
 Lifetimes: when a server starts, when it ends, and what is raised.
 
-The exit contract, which is what the rest of this package is for:
+The exit contract, which is what the rest of this package is for. The documentation repeats these rules, and a test
+compares them.
 
-1. The start fails: the error is raised, the body never runs, nothing is left.
-2. The body raises: that very object is raised, not in a group, after a graceful stop.
-3. The server crashes while the body runs (the app's lifespan raises): the task that entered `serving()` is cancelled,
-   as an `asyncio.TaskGroup` would do it, and `ServerCrashedError` is raised. If something else cancelled it as well,
-   that cancellation is raised and the crash is logged. A server from `start()` cancels nobody: `aclose()` raises.
-   A lifespan that raises before it was told to shut down is a crash in any case, also if the body has just ended.
-4. The server is asked to close (by a handler, by `close()`): the body goes on, and the block ends normally.
-5. Both fail: the body's exception is raised; the server's is added to it as a note, and logged.
-6. A cancellation from outside: the body unwinds first, while its server still answers; then the server stops within
-   its budget, which the cancellation cannot cut short; then the cancellation goes on, neither swallowed nor counted
-   twice. A second native one (`Task.cancel()`) forces: no grace, but everything is still awaited.
-7. A stop signal, where `stop_on_signals` asks for it: the body is cancelled, and the block ends normally; `serve()`
-   returns; a server from `start()` closes. All servers that asked for it end. A second signal forces, and cancels what
-   is left of the body once more. Before the body has begun, the start is aborted: rule 1, but `serve()` returns.
-   Signal handlers are put back as they were. By default, no signal is touched. If the app takes a signal over while it
-   starts, that is left so, and a warning says it; only the command line puts its handlers in front again.
-8. Afterwards: no task, timer, socket or signal handler of the server is left, except a handler or a lifespan that
-   ignores its cancellation (see `Report`); the port can be bound again at once, also where a process lives on that was
-   forked in the meantime.
+1. A start that fails raises before the body runs, and leaves nothing behind. A busy port, an unknown host or a missing
+   certificate is the system's own `OSError`, raised before the app runs; if another program begins to listen on the
+   port while the app starts, the app is shut down first. An app that cannot be imported or started is a
+   `StartupError`, whose `__cause__` is the app's own exception. A startup that takes longer than `startup_timeout` is
+   cancelled: `StartupTimeoutError`.
+2. The exception of the body comes out unchanged. It is the same object, not in a group, and it is raised after a
+   graceful stop. A body that returns is followed by the same stop.
+3. A server that crashes cancels the body and raises `ServerCrashedError`. It crashes when the app's lifespan raises
+   before it was told to shut down, also if the body has just ended; `__cause__` is what the lifespan raised. The task
+   that entered `serving()` is cancelled, as by `asyncio.TaskGroup`. If something else cancelled it as well, that
+   cancellation is raised, and the crash is logged. A server from `start()` cancels no task: the crash is logged, and
+   `wait_closed()` and `aclose()` raise it. A lifespan that fails at its shutdown, or takes too long, is a
+   `ShutdownError`.
+4. A call of `close()` stops the server, and the body goes on. It may come from a handler, another task or another
+   thread. Await `server.wait_closed()` in the body to end it together with the server.
+5. If body and server both fail, the exception of the body is raised. The server's is added to it as a note, and logged.
+6. A cancellation from outside comes out once, after a graceful stop. First the body unwinds, while its server still
+   answers. Then the server stops within its timeouts, which the cancellation does not shorten. A second `Task.cancel()`
+   forces the stop: handlers are cancelled at once, but still awaited.
+7. A stop signal ends the block normally, if `stop_on_signals` asks for it. The body is cancelled; `serve()` returns; a
+   server from `start()` closes. All servers that asked for the signal end. A second signal forces the stop, and cancels
+   what is left of the body once more. Before the body has begun, rule 1 applies, with a `StartupInterruptedError`;
+   `serve()` returns. The previous signal handlers are restored. By default, no signal is touched.
+8. After the block, nothing is left. No task, timer, socket or signal handler of the server remains, and the port can be
+   bound again, also if a forked process lives on. Only a handler or a lifespan that ignores its cancellation goes on,
+   and the `report` names it.
 """
 
 from __future__ import annotations
@@ -69,63 +77,67 @@ def serving(app: App, **options: Unpack[Options]) -> AbstractAsyncContextManager
     listeners, and one stop. If one of them fails, the start fails, and none is left. TCP is opened if `host`, `port` or
     `reuse_port` is given, or nothing else to listen on.
 
-    If the app's lifespan dies while the body runs, the body is cancelled and `ServerCrashedError` is raised. A server
-    that is asked to close (by a handler, or by `Server.close()`) does not end the block; to end it then, await
-    `Server.wait_closed()` in it.
-
     Args:
-        app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`. Beside a Config,
-            only `sockets` (in place of the Config's own address, as with uvicorn's ``Server.serve(sockets=...)``),
-            `uds_mode`, `cancel_on_disconnect`, `stop_on_signals` and aioserve's own timeouts can be given.
-        host: A name or an address, or a sequence of them; `None` is every interface, IPv4 and IPv6. Default:
-            ``"127.0.0.1"``.
-        port: 0, the default, takes a free one, the same on every address.
-        reuse_port: Whether other programs of yours may listen on the same port; the kernel gives each its share of the
-            connections. Default: `False`.
-        uds: The path of a Unix socket. A stale socket file there is replaced, anything else is refused; the file is
-            removed at the end. Default: `None`.
-        uds_mode: The permissions of that file; to connect, a client needs the right to write. Default: 0o600.
-        fd: The descriptor of a listening socket, TCP or Unix. A duplicate is used; yours stays open. Default: `None`.
-        sockets: Bound sockets to accept on, TCP or Unix. They are lent: they are never closed, and what waits in their
-            queue at the end is left to their next user. Default: `None`.
-        systemd: Whether to accept on the sockets that systemd passes (``LISTEN_FDS``). If there are some, they take the
-            place of `host`, `port` and `uds`, which are for a start without systemd; `fd` and `sockets` are served in
-            both cases. A string is the name of one of them. Where systemd asks for it
-            (``NOTIFY_SOCKET``), it is told when the server is ready, and when it stops, and its watchdog
-            (``WATCHDOG_USEC``) is answered from the loop until the server has closed, so that it kills a program
-            whose loop is blocked; a server with a named socket reports only that it is ready. Default: `False`.
+        app: An ASGI callable, an import string ``"package.module:attribute"``, or a `uvicorn.Config`. A Config keeps
+            its own defaults, such as port 8000. Beside it, only `sockets` (in place of the Config's own address, as in
+            uvicorn's ``Server.serve(sockets=...)``), `uds_mode`, `cancel_on_disconnect`, `stop_on_signals` and
+            aioserve's own timeouts can be given. Its `timeout_graceful_shutdown` becomes the `shutdown_timeout`; its
+            `workers` and `reload` are ignored, with a warning.
+        host: A name or an address to listen on. A sequence of them is possible; `None` is every interface, IPv4 and
+            IPv6. Default: ``"127.0.0.1"``.
+        port: The TCP port; 0 takes a free one, the same on every address. Default: 0.
+        reuse_port: Whether other programs may listen on the same port. All of them need this option; the kernel
+            distributes the connections among them. Default: `False`.
+        uds: The path of a Unix socket to listen on. A stale socket there is replaced, anything else is refused. The
+            file appears when the app has started, and is removed at the end. Default: `None`.
+        uds_mode: The permissions of the Unix socket's file. Clients need write permission to connect. Default: 0o600.
+        fd: The descriptor of a socket to listen on, TCP or Unix. A duplicate is used; yours stays open. Default:
+            `None`.
+        sockets: Bound sockets to listen on, TCP or Unix. They are lent: aioserve never closes them, and leaves the
+            connections that wait in their queue at the end to their next user. A socket that does not listen yet
+            listens when the app has started. Default: `None`.
+        systemd: Whether to listen on the sockets that systemd passes (``LISTEN_FDS``), and to notify systemd. If there
+            are such sockets, they take the place of `host`, `port` and `uds`, which are for a start without systemd;
+            `fd` and `sockets` are served in both cases. systemd is told when the server is ready and when it stops
+            (``NOTIFY_SOCKET``), and its watchdog (``WATCHDOG_USEC``) is answered from the loop until the server has
+            closed. A string selects the socket with this name, for which only "ready" is reported. Default: `False`.
         ssl: A ready `ssl.SSLContext`, for all listeners. You can load new certificates into it while the server runs.
             Default: `None`; uvicorn's ``ssl_certfile``, ``ssl_keyfile`` and so on work as well.
-        lifespan: ``"auto"``, the default: an app may have no lifespan, but one that began it and raised has failed.
-            ``"on"``: every exception is a failure. ``"off"``: the app's lifespan is not run.
-        startup_timeout: How long the app's startup may take, in seconds; `None` is no limit. Default: 60.
-        shutdown_timeout: How long the requests in flight may take to finish when the block ends, in seconds; `None` is
-            no limit. Then their handlers are cancelled. Default: 10.
-        drain_delay: How long to keep accepting when a stop is asked for, in seconds, while every response says
-            ``connection: close``: for load balancers and kept-alive clients. Default: 0.
-        disconnect_after: How long after the drain a handler that waits in `receive()` is told ``http.disconnect``, in
-            seconds. The default, `None`, is at the end of the `shutdown_timeout`. Starlette's streaming responses wait
-            for it, also those that would end by themselves: 0 cuts downloads short.
-        header_timeout: How long a client may take to send the head of a request, in seconds, from when it is connected,
-            or from the first byte of a later request; up to two seconds longer, since connections are looked at once a
-            second. Then its connection is closed; where bytes had come, with a 408. A TLS handshake may take so
-            long as well, but never more than a minute. `None` is no limit. Default: 60.
-        cancel_on_disconnect: Whether to cancel the handler of a request when its client has gone, as far as the loop
-            notices: not while it reads nothing, since the handler leaves a big body unread, or the client has sent
-            more requests. One that waits for a thread is cancelled when that is done. The handler may clean up. A
-            WebSocket's handler is told by `receive()`. Default: `False`.
-        stop_on_signals: `True` (SIGINT and SIGTERM, on Windows also SIGBREAK), or the signals that end the block: its
-            body is cancelled, and the block ends normally. A second one forces, except SIGHUP, which a closing terminal
-            may send twice. Only in the main thread, and only where the loop does not handle the signal already. If the
-            app takes one of them over while it starts, a warning is logged: call `Server.close()` in its handler, and
-            await `Server.wait_closed()` in the block. Default: `False`.
+        lifespan: ``"auto"``, ``"on"`` or ``"off"``. With ``"auto"``, the default, an app may have no lifespan, but one
+            that began its lifespan and raised has failed to start. With ``"on"``, every exception is a failure. With
+            ``"off"``, the lifespan is not run.
+        startup_timeout: How long the app's startup may take, in seconds. `None` is no limit. Default: 60.
+        shutdown_timeout: How long requests in flight may take to finish at a stop, in seconds. It counts from the end
+            of the `drain_delay`. When it is over, their handlers are cancelled. `None` is no limit. Default: 10.
+        drain_delay: How long to keep accepting after a stop was asked for, in seconds. Every response says
+            ``connection: close`` meanwhile. For load balancers and kept-alive clients. Default: 0.
+        disconnect_after: How long a stop waits until ``receive()`` returns ``http.disconnect``, in seconds. It counts
+            from the end of the `drain_delay`. Handlers of event streams get the disconnect at once in any case. Other
+            streaming responses of Starlette wait in ``receive()`` as well, also finite ones such as downloads, and so
+            do all requests of Quart and Django: 0 cuts them short. `None`, the default, is the end of the
+            `shutdown_timeout`.
+        header_timeout: How long a client may take to send the head of a request, in seconds. It counts from when the
+            client is connected, or from the first byte of a later request; between two requests, uvicorn's
+            `timeout_keep_alive` applies. Connections are looked at once a second, so the limit can be exceeded by two
+            seconds. Then the connection is closed; if bytes had come, with a 408. A TLS handshake may take as long, but
+            never more than a minute. `None` is no limit. Default: 60.
+        cancel_on_disconnect: Whether to cancel the handler of a request when its client has gone. It works behind
+            middleware as well, as far as the loop notices that the client has gone. A handler that waits for a thread
+            is cancelled when the thread is done; a background task behind a response is not cancelled. The handler of a
+            WebSocket learns it from ``receive()`` instead. Default: `False`.
+        stop_on_signals: `True`, or the signals that end the block. `True` is SIGINT and SIGTERM, on Windows also
+            SIGBREAK. The body is cancelled, and the block ends normally. A second signal forces the stop, except
+            SIGHUP, which a closing terminal may send twice. It works in the main thread only, and only if the loop does
+            not handle the signal already. If the app replaces the signal handler while it starts, a warning is logged:
+            call `Server.close()` in its handler, and await `Server.wait_closed()` in the block. Default: `False`.
         factory: Whether the app is a function that makes the app. Default: `False`.
-        http2: Whether to serve HTTP/2 beside HTTP/1.1: over TLS where a client asks for it (ALPN, which is set on a
-            ready context, too), and in clear text to clients that begin with it. uvicorn's own, experimental since
+        http2: Whether to serve HTTP/2 beside HTTP/1.1. Over TLS, clients choose it by ALPN (which is set on a ready
+            context, too); in clear text, they begin with it. It is uvicorn's own implementation, experimental since
             0.50; it needs zttp, and chooses ``http="zttp"``. Default: `False`.
         options: The other options of `uvicorn.Config`, under their names. Those that make no sense inside a running
-            program are refused, each with its reason. `log_config` and `log_level` default to `None`: logging is left
-            as it is. `access_log=False` is for this server only.
+            program are refused with a reason. `log_config` and `log_level` default to `None`, so logging is left as
+            it is; once given, they change uvicorn's loggers for the whole process. `access_log=False` silences only
+            this server.
 
     Returns:
         A context manager, whose block gets the `Server`.

@@ -1,16 +1,19 @@
 """
-How a server stops, from the call of `close()` to the last line.
+How a server stops, from the call of `close()` to the last line. The documentation repeats these phases, and a test
+compares them.
 
-    asked            `stopping` is set; from here HTTP/1 responses say "connection: close"
-    drain            for `drain_delay`, it still accepts
-    stop accepting   one last look at the kernel's queue, then the listeners close; idle connections close
-    settle           what has arrived is read
-    finish           WebSockets get 1012, or 503 where they were not accepted yet, and event streams hear
-                     `http.disconnect`; requests in flight run on, within `shutdown_timeout`; a first
-                     request may come within 0.25 s, the rest of one, or a TLS handshake, within 1 s after the last byte
-    disconnect       after `disconnect_after`, or when the budget is over, `receive()` says `http.disconnect`
-    force            budget over: handlers are cancelled and awaited, the connections that are left are dropped
-    end              the app's lifespan shuts down, after the last handler
+    asked            `stopping` is set; from here on, HTTP/1 responses say `connection: close`
+    drain            for `drain_delay`, the server still accepts connections
+    stop accepting   connections that wait in the kernel's queue are accepted, then the listeners close; idle
+                     connections close
+    settle           requests that have arrived are read
+    finish           requests in flight are answered, within `shutdown_timeout`; WebSockets are closed with 1012, and
+                     handlers of event streams get `http.disconnect`
+    disconnect       after `disconnect_after`, or when the `shutdown_timeout` is over, other handlers that wait in
+                     `receive()` get `http.disconnect`
+    force            when the `shutdown_timeout` is over, handlers are cancelled and awaited for one second, and
+                     connections are dropped
+    end              after the last handler, the app's lifespan shuts down
 
 So a request that had reached this machine is answered, and an idle connection is never waited for. Each wait ends with
 an event or at its limit; only `shutdown_timeout=None` has no limit. A stop that is forced (`Condition.force()`) waits

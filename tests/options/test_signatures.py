@@ -19,6 +19,7 @@ import uvicorn
 
 import aioserve
 from aioserve import Options, _options, serve, serving, serving_process, start, start_in_thread
+from aioserve._functions import describe
 from aioserve._settings import parse
 from tests.helpers.apps import App, without_lifespan
 
@@ -102,8 +103,8 @@ def test_help_describes_every_option(function: Any) -> None:
     text = pydoc.plain(pydoc.render_doc(function))
     assert f"function {function.__name__} in module aioserve" in text
     for line in (
-        "    host: A name or an address, or a sequence of them;",
-        "    shutdown_timeout: How long the requests in flight may take to finish",
+        "    host: A name or an address to listen on.",
+        "    shutdown_timeout: How long requests in flight may take to finish",
         "    options: The other options of `uvicorn.Config`, under their names.",
     ):
         assert line in text
@@ -241,3 +242,17 @@ def test_repr_of_a_block_names_the_app(app: Any, shown: str) -> None:
     """By its module and name, by its class, or as it was given."""
     assert repr(serving(app)) == f"<aioserve.serving({shown})>"
     assert repr(serving_process(app)) == f"<aioserve.serving_process({shown})>"
+
+
+@pytest.mark.parametrize("option", sorted({*_options.OWN_OPTIONS, "factory", "lifespan", "http2"}))
+def test_each_option_has_a_first_sentence_for_the_help_of_the_command_line(option: str) -> None:
+    """It is described in one place."""
+    described = describe(aioserve.serving, option)
+    assert 20 < len(described) < 100
+    assert "`" not in described
+    assert described.endswith(".")
+
+
+def test_option_that_is_not_described_has_no_sentence() -> None:
+    """As under ``-OO``."""
+    assert describe(aioserve.serving, "colour") == ""

@@ -15,10 +15,12 @@ import click
 import uvicorn
 
 from aioserve._errors import message_of
+from aioserve._functions import describe
 from aioserve._log import logger
-from aioserve._options import REFUSED, RENAMED, Options, option_meant
+from aioserve._options import DEFAULTS, REFUSED, RENAMED, TIMEOUTS, Options, option_meant
 from aioserve._process import messages
 from aioserve._process.program import run
+from aioserve._serving import serving
 from aioserve._settings import parse
 from aioserve._uvicorn.logs import log_config
 
@@ -89,30 +91,30 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _seconds(name: str, description: str) -> click.Option:
-    return click.Option([name], type=seconds, help=description)
+def _option(name: str, default: object = "", *, also: str = "", **attributes: Any) -> click.Option:
+    """Return an option of `serving()`, which is described there."""
+    text = describe(serving, name.strip("-").replace("-", "_"))
+    shown = f"  [default: {default}]" if default != "" else ""
+    return click.Option([name], help=f"{text}{also}{shown}", **attributes)
 
 
 OWN_OPTIONS: list[click.Parameter] = [
     click.Argument(["app"]),
-    click.Option(["--factory"], is_flag=True, help="APP is a function that makes the app."),
+    _option("--factory", is_flag=True),
     click.Option(["--app-dir"], default="", help="Look for APP in this directory.  [default: the current directory]"),
-    click.Option(["--host"], multiple=True, help="A name or an address; can be repeated.  [default: 127.0.0.1]"),
-    click.Option(["--port"], type=int, help="0 takes a free port, the same on every address.  [default: 8000]"),
-    click.Option(
-        ["--uds"], metavar="PATH", help="Listen on a Unix socket at this path, and not on TCP without --host or --port."
+    _option("--host", DEFAULTS["host"], also=" Can be repeated.", multiple=True),
+    _option("--port", 8000, type=int),
+    _option("--uds", also=" Then TCP needs --host or --port.", metavar="PATH"),
+    _option("--uds-mode", f"{DEFAULTS['uds_mode']:o}", type=octal),
+    _option("--fd", also=" Then TCP needs --host or --port.", metavar="NUMBER", type=descriptor),
+    _option("--systemd", is_flag=True),
+    click.Option(["--systemd-name"], metavar="NAME", help="The same, but only with the sockets of this name."),
+    _option("--reuse-port", is_flag=True),
+    *(
+        _option(f"--{name.replace('_', '-')}", "none" if default is None else f"{default:g}", type=seconds)
+        for name, default in TIMEOUTS.items()
     ),
-    click.Option(["--uds-mode"], type=octal, help="Mode of the socket file, like 660.  [default: 600]"),
-    click.Option(["--fd"], metavar="NUMBER", type=descriptor, help="Listen on this inherited descriptor, likewise."),
-    click.Option(["--systemd"], is_flag=True, help="Listen on systemd's sockets, notify it, and answer its watchdog."),
-    click.Option(["--systemd-name"], metavar="NAME", help="Only sockets with this FileDescriptorName."),
-    click.Option(["--reuse-port"], is_flag=True, help="Let other programs listen on the same port."),
-    _seconds("--startup-timeout", "How long the app's startup may take.  [default: 60; none: no limit]"),
-    _seconds("--shutdown-timeout", "How long requests in flight may take to finish.  [default: 10; none: no limit]"),
-    _seconds("--drain-delay", "How long to keep accepting after a stop is asked for.  [default: 0]"),
-    _seconds("--disconnect-after", "When receive() returns http.disconnect.  [default: the shutdown timeout]"),
-    _seconds("--header-timeout", "How long a client may take to send a request's head.  [default: 60; none: no limit]"),
-    click.Option(["--cancel-on-disconnect"], is_flag=True, help="Cancel a request's handler when its client is gone."),
+    _option("--cancel-on-disconnect", is_flag=True),
     click.Option(
         ["--ready-fd"],
         metavar="NUMBER",
@@ -154,7 +156,7 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
 
     When it serves, it prints its URLs, one per line, unless the log shows them in the same place. It serves until
     Ctrl+C, SIGTERM or SIGHUP (on Windows: Ctrl+C or Ctrl+Break), and then stops gracefully; a second Ctrl+C or SIGTERM
-    forces the stop. Logs go to standard error.
+    forces the stop. Logs go to standard error. Where a time has no limit, write none.
 
     Exit codes: 0 after a graceful stop or an interrupted start; 1 after a forced stop, a crash or a failed shutdown; 2
     for a wrong command line; 3 if it could not start.
