@@ -25,12 +25,12 @@ EXAMPLES = [
 @pytest.fixture
 def as_it_was() -> Iterator[None]:
     """Undo what an example may do to the whole program."""
-    loggers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access")]
-    before = sys.stderr, [(logger, logger.level, logger.propagate) for logger in loggers]
+    loggers = [logging.getLogger(name) for name in (None, "httpx", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = sys.stderr, [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     yield
     sys.stderr, states = before
-    for logger, level, propagate in states:
-        logger.handlers.clear()
+    for logger, level, propagate, handlers in states:
+        logger.handlers[:] = handlers
         logger.setLevel(level)
         logger.propagate = propagate
 
