@@ -1,8 +1,8 @@
 """
-Ask all the questions, and say the answers in the README and in its picture.
+Ask all the questions, and write the answers into the page on speed and its picture.
 
     python benchmarks/all.py                 measure everything, which takes half an hour on a quiet machine
-    python benchmarks/all.py --again         write the README's figures and the picture from what was measured last
+    python benchmarks/all.py --again         write the figures and the picture from what was measured last
     python benchmarks/all.py --rounds 5      see whether all of it runs, in a few minutes; nothing is kept
 
 It needs the extra `bench`, and wrk.
@@ -20,8 +20,8 @@ from pathlib import Path
 from common import showing
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-PICTURE = HERE / "start_stop.svg"
+PAGE = HERE.parent / "docs" / "explanation" / "speed.md"
+PICTURE = HERE.parent / "docs" / "images" / "start_stop.svg"
 RESULTS = HERE / "results"
 
 RUNS = {
@@ -63,11 +63,11 @@ def measure(folder: Path, rounds: int | None) -> list[str]:
     return failed
 
 
-def show(folder: Path, readme: Path, picture: Path) -> None:
+def show(folder: Path, page: Path, picture: Path) -> None:
     """Write what came out."""
     results = showing.read(folder)
     picture.write_text(showing.picture(results))
-    showing.put_into(readme, showing.tables(results))
+    showing.put_into(page, showing.tables(results))
 
 
 def main() -> int:
@@ -83,13 +83,13 @@ def main() -> int:
         if arguments.again and not all((RESULTS / f"{name}.json").exists() for name in RUNS):
             raise SystemExit(f"not everything has been measured: {RESULTS} has no JSON of some; run without --again")
         if not failed:
-            show(RESULTS, README, PICTURE)
+            show(RESULTS, PAGE, PICTURE)
     else:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             failed = measure(folder, arguments.rounds)
-            copy = folder / "README.md"
-            copy.write_text(README.read_text())
+            copy = folder / "speed.md"
+            copy.write_text(PAGE.read_text())
             if not failed:
                 show(folder, copy, folder / "start_stop.svg")
     if failed:

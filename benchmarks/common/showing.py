@@ -1,5 +1,5 @@
 """
-The picture and the tables of the README, from the JSON of the scripts.
+The picture and the tables of the page on speed, from the JSON of the scripts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _digits(number: float) -> str:
 
 
 def tables(results: Results) -> str:
-    """The README's tables, in Markdown."""
+    """The tables, in Markdown."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     for title, file, question in ROWS:
         row = results[file]["tables"].get(question)
@@ -142,11 +142,11 @@ def _cell(name: str, row: Any, ours: Any, wrong: Mapping[str, int]) -> str:
     return _digits(row["median"] / ours["median"]) + ("*" if wrong.get("left open") else "")
 
 
-def put_into(readme: Path, text: str) -> None:
+def put_into(page: Path, text: str) -> None:
     """Replace what stands there between the two marks."""
-    before, _, rest = readme.read_text().partition(BEGIN)
+    before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 UNITS = {-2: "ns", -1: "µs", 0: "ms", 1: "s", 2: "ks"}
