@@ -1,5 +1,5 @@
 """
-The README's whole program: a bot, a worker, a scheduler, an API and metrics, which end together.
+The whole program of the examples: a bot, a worker, a scheduler, an API and metrics, which end together.
 
 Redis and the bot are real ones; Telegram is a server of the test.
 """
@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from aioserve import serving
 from tests.helpers.programs import Program
-from tests.integration import readme
+from tests.integration import examples
 from tests.integration.conftest import program
 
 pytestmark = [
@@ -164,7 +164,7 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("PORT", "0")
     monkeypatch.setenv("METRICS_PORT", "0")
     script = tmp_path / "program.py"
-    script.write_text(readme.file("program.py"))
+    script.write_text((examples.EXAMPLES / "program.py").read_text(encoding="utf-8"))
     with Program(str(script)) as program:
         serving = "INFO:uvicorn.error:Uvicorn running on "
         urls = [(await run_sync(program.wait_for, serving)).removeprefix(serving) for _ in range(2)]

@@ -1,5 +1,5 @@
 """
-Servers behind HAProxy, with the README's files: restarted one after the other under load, they lose no request.
+Servers behind HAProxy, with the examples' files: restarted one after the other under load, they lose no request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Self
 import pytest
 
 from tests.conftest import WARNINGS_ARE_ERRORS
-from tests.integration import readme
+from tests.integration import examples
 from tests.integration.conftest import program
 from tests.integration.loading import load
 
@@ -45,13 +45,13 @@ def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "haproxy.cfg"
-    path.write_text(readme.file("haproxy.cfg"))
+    path.write_text(examples.file("haproxy.cfg"))
     return path
 
 
 class Served:
     """
-    One of the machines on which the README's command runs, again and again.
+    One of the machines on which the examples' command runs, again and again.
 
     Its log is a file: a pipe would soon be full, and block the command.
     """
@@ -63,7 +63,7 @@ class Served:
 
     def start(self) -> None:
         """Wait until it serves."""
-        command = [each.replace("$HOST", self.host) for each in shlex.split(readme.command(COMMAND))]
+        command = [each.replace("$HOST", self.host) for each in shlex.split(examples.command("haproxy", COMMAND))]
         with (self.directory / f"{self.host}.log").open("a") as log:
             self.process = subprocess.Popen(  # noqa: S603
                 [sys.executable, *WARNINGS_ARE_ERRORS, *command[1:]],
@@ -123,7 +123,7 @@ def balancing(config: Path, public: socket.socket) -> Iterator[Balancer]:
             process.communicate()
 
 
-def test_haproxy_configuration_of_the_readme_is_valid(config: Path, public: socket.socket) -> None:
+def test_haproxy_configuration_of_the_examples_is_valid(config: Path, public: socket.socket) -> None:
     """HAProxy prints not even a warning."""
     command = [program("haproxy", "haproxy"), "-c", "-dW", "-f", str(config)]
     checked = subprocess.run(  # noqa: S603
@@ -133,11 +133,11 @@ def test_haproxy_configuration_of_the_readme_is_valid(config: Path, public: sock
 
 
 def test_drain_delay_is_longer_than_haproxy_needs_to_notice_the_stop(config: Path) -> None:
-    """As the README computes it."""
+    """As the page computes it."""
     found = re.search(r"inter (\d+)ms fall (\d+) ", config.read_text())
     assert found is not None
     inter, fall = int(found[1]) / 1000, int(found[2])
-    drain = float(shlex.split(readme.command(COMMAND))[-1])
+    drain = float(shlex.split(examples.command("haproxy", COMMAND))[-1])
     assert inter * fall + inter == pytest.approx(0.6)
     assert inter * fall + inter < drain
 
@@ -147,7 +147,7 @@ def test_servers_behind_haproxy_that_are_restarted_in_turn_lose_nothing(
     config: Path, public: socket.socket, tmp_path: Path
 ) -> None:
     """HAProxy notices each stop by the readiness route, not by lost requests."""
-    (tmp_path / "app.py").write_text(readme.file("app.py"))
+    (tmp_path / "app.py").write_text(examples.file("app.py"))
     port = public.getsockname()[1]
     with ExitStack() as stack:
         servers = {name: stack.enter_context(Served(host, tmp_path)) for name, host in SERVERS.items()}

@@ -1,5 +1,5 @@
 """
-Kubernetes: what the README's deployment says about a stop agrees with what the server does.
+Kubernetes: what the examples' deployment says about a stop agrees with what the server does.
 
 There is no cluster: the test does what a kubelet would do.
 """
@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.conftest import WARNINGS_ARE_ERRORS
-from tests.integration import readme
+from tests.integration import examples
 from tests.integration.stopping import longest_stop
 
 # On Linux, all of 127.0.0.0/8 is this machine; so a pod can have an address of its own.
@@ -32,7 +32,7 @@ EXIT = 1.0
 
 
 def resources() -> dict[str, dict[str, Any]]:
-    return {each["kind"]: each for each in yaml.safe_load_all(readme.file("deployment.yaml"))}
+    return {each["kind"]: each for each in yaml.safe_load_all(examples.file("deployment.yaml"))}
 
 
 def pod() -> dict[str, Any]:
@@ -77,7 +77,7 @@ def get(path: str, port: int) -> int:
 @contextmanager
 def running(directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Run the container's command, until it is ready."""
-    (directory / "app.py").write_text(readme.file("app.py"))
+    (directory / "app.py").write_text(examples.file("app.py"))
     _python, *arguments = command()
     with (
         (directory / "log").open("w") as log,
@@ -98,13 +98,13 @@ def running(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "Service"])
-def test_resources_of_the_readme_are_valid_for_kubernetes(kind: str) -> None:
+def test_resources_of_the_examples_are_valid_for_kubernetes(kind: str) -> None:
     """By Kubernetes' own schemas, strictly."""
     newest = kubernetes_validate.latest_version()
     kubernetes_validate.validate(resources()[kind], newest, strict=True)
 
 
-def test_service_of_the_readme_selects_its_pods() -> None:
+def test_service_of_the_examples_selects_its_pods() -> None:
     """By their labels, and by the name of their port."""
     template = resources()["Deployment"]["spec"]["template"]
     service = resources()["Service"]["spec"]
@@ -117,18 +117,18 @@ def test_times_of_the_deployment_agree_with_each_other() -> None:
     """The drain is longer than a probe needs to fail, and the grace period longer than a stop can take."""
     asked = container()["readinessProbe"]
     unready = asked["periodSeconds"] * asked["failureThreshold"] + asked["timeoutSeconds"]
-    assert unready == 3  # as the README says
+    assert unready == 3  # as the page says
     assert unready < drain()
     assert command()[:3] == ["python", "-m", "aioserve"]
     longest = longest_stop(command()[3:])
     assert longest + EXIT <= pod()["terminationGracePeriodSeconds"]
-    *parts, total, limit = readme.sums("in `deployment.yaml`")
+    *parts, total, limit = examples.sums("in `deployment.yaml`")
     assert (total, limit) == (longest, pod()["terminationGracePeriodSeconds"])
     assert sum(parts) == total
 
 
-def test_sum_of_the_times_in_the_readme_is_that_of_the_defaults() -> None:
-    *parts, total = readme.sums("default")
+def test_sum_of_the_times_on_the_page_is_that_of_the_defaults() -> None:
+    *parts, total = examples.sums("default")
     assert sum(parts) == total == longest_stop(["app:app"])
 
 

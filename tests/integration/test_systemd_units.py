@@ -1,5 +1,5 @@
 """
-The README's units for systemd: they are valid, and the service that they start loses no request when it is restarted.
+The examples' units for systemd: they are valid, and the service that they start loses no request when it is restarted.
 
 systemd itself need not run for these tests.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import WARNINGS_ARE_ERRORS
-from tests.integration import readme
+from tests.integration import examples
 from tests.integration.conftest import free_port, program
 from tests.integration.loading import load
 from tests.integration.stopping import longest_stop
@@ -35,17 +35,17 @@ EXIT = 1.0
 
 def said(key: str) -> str:
     """Return the value of a key in app.service."""
-    (value,) = re.findall(rf"^{key}=(.*)$", readme.file("app.service"), flags=re.MULTILINE)
+    (value,) = re.findall(rf"^{key}=(.*)$", examples.file("app.service"), flags=re.MULTILINE)
     return str(value)
 
 
-def test_units_of_the_readme_are_valid_for_systemd(tmp_path: Path) -> None:
+def test_units_of_the_examples_are_valid_for_systemd(tmp_path: Path) -> None:
     """With the files in their places, and the program where the units expect it."""
     analyze = program("systemd-analyze", "systemd")
     units = tmp_path / "etc/systemd/system"
     units.mkdir(parents=True)
     for name in ("app.socket", "app.service"):
-        (units / name).write_text(readme.file(name))
+        (units / name).write_text(examples.file(name))
     python = tmp_path / shlex.split(said("ExecStart"))[0].lstrip("/")
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\n")
@@ -57,12 +57,12 @@ def test_units_of_the_readme_are_valid_for_systemd(tmp_path: Path) -> None:
 
 
 def test_systemd_unit_waits_longer_than_a_stop_can_take() -> None:
-    """As the README's table says."""
+    """As the examples' table says."""
     arguments = shlex.split(said("ExecStart"))[1:]
     assert arguments[:2] == ["-m", "aioserve"]
     longest, limit = longest_stop(arguments[2:]), float(said("TimeoutStopSec"))
     assert longest + EXIT <= limit
-    *parts, total, stated = readme.sums("in `app.service`")
+    *parts, total, stated = examples.sums("in `app.service`")
     assert sum(parts) == total == longest
     assert stated == limit
 
@@ -80,7 +80,7 @@ def notified(path: Path) -> Iterator[socket.socket]:
 def test_systemd_service_restarted_under_load_refuses_no_connection(tmp_path: Path) -> None:
     """Neither new nor kept-alive connections lose a request; and systemd is notified of each start and stop."""
     activate = program("systemd-socket-activate", "systemd")
-    (tmp_path / "app.py").write_text(readme.file("app.py"))
+    (tmp_path / "app.py").write_text(examples.file("app.py"))
     python, *arguments = shlex.split(said("ExecStart"))
     assert (python, said("WorkingDirectory")) == ("/srv/app/.venv/bin/python", "/srv/app")  # the test uses other paths
     served = [sys.executable, *WARNINGS_ARE_ERRORS, *arguments]
