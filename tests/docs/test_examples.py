@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.http2 import needs_http2
 from tests.helpers.pages import WITH_MORE_PACKAGES, Page, pages
 
 EXAMPLES = [
-    pytest.param(page, section, id=f"{page.name}: {section}")
+    pytest.param(
+        page,
+        section,
+        id=f"{page.name}: {section}",
+        marks=needs_http2 if page.name == "docs/guides/http2.md" else (),
+    )
     for page in pages()
     if page.name not in WITH_MORE_PACKAGES
     for section in page.sections()

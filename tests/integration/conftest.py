@@ -9,6 +9,11 @@ import socket
 
 import pytest
 
+from tests.helpers.programs import ROOT
+
+IMAGES = ROOT / "docs" / "images"
+"""The pictures of the documentation: tests make them anew where `AIOSERVE_SCREENSHOT=1` is in the environment."""
+
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     return None if config.getoption("--integration") else True

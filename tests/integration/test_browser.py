@@ -1,17 +1,15 @@
 """
 The demo's page in a browser: Debian's Chromium, driven by Playwright.
 
-With `AIOSERVE_SCREENSHOT=1` in the environment, the picture for the README is taken anew.
+With `AIOSERVE_SCREENSHOT=1` in the environment, the picture of the page is taken anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import ssl
-from pathlib import Path
 
 import pytest
 import trustme
@@ -23,11 +21,11 @@ from aioserve.demo import Worker, make_app
 from tests.helpers.apps import App
 from tests.helpers.programs import Program
 from tests.helpers.turns import turns
-from tests.integration.conftest import program
+from tests.integration.conftest import IMAGES, program
 
 pytestmark = pytest.mark.timeout(180)  # a browser takes seconds to start, and more on a busy machine
 
-PICTURE = Path(__file__).parent / "demo.png"
+PICTURE = IMAGES / "demo.png"
 
 # Nobody sees the window; as root there is no sandbox; and no other machine can be reached.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
@@ -98,14 +96,6 @@ def test_page_of_the_demo_reconnects_when_its_server_is_restarted() -> None:
 
 def take_picture(page: Page) -> None:
     page.screenshot(path=PICTURE, clip={"x": 0, "y": 0, "width": 760, "height": 400})
-
-
-def test_picture_in_the_readme_exists() -> None:
-    """And is small."""
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
-    assert re.search(r"!\[.*\]\(tests/integration/demo\.png\)", readme)
-    assert PICTURE.read_bytes().startswith(b"\x89PNG")
-    assert PICTURE.stat().st_size < 60_000
 
 
 async def test_browser_and_server_can_share_a_loop() -> None:
