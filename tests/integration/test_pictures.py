@@ -112,7 +112,7 @@ def cells() -> list[str]:
 
 async def executed() -> NotebookNode:
     """Run the cells of the page on notebooks in a kernel."""
-    notebook = new_notebook(cells=[new_code_cell(cell.strip()) for cell in cells()])  # type: ignore[no-untyped-call]
+    notebook: NotebookNode = new_notebook(cells=[new_code_cell(cell.strip()) for cell in cells()])  # type: ignore[no-untyped-call]
     client = NotebookClient(notebook, timeout=60, kernel_name="python3")
     async with client.async_setup_kernel():
         for index, cell in enumerate(notebook.cells):

@@ -148,7 +148,7 @@ class LiveServers:
 
 
 def _raise_all(errors: list[Exception]) -> None:
-    __tracebackhide__ = True
+    __tracebackhide__ = len(errors) == 1  # of a group, pytest 8 needs one frame to show
     for error in errors:
         hide_our_frames(error)
     if len(errors) > 1:
