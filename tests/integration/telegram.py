@@ -42,7 +42,9 @@ class Telegram:
 
     def say(self, text: str) -> None:
         number = next(self._numbers)
-        self._updates.append({"update_id": number, "message": {**MESSAGE, "message_id": number, "text": text, "from": USER}})
+        self._updates.append(
+            {"update_id": number, "message": {**MESSAGE, "message_id": number, "text": text, "from": USER}}
+        )
         self._said.set()
 
     async def getMe(self, request: Request) -> Response:  # noqa: N802 (the name of Telegram's method)

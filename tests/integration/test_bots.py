@@ -10,15 +10,16 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
-from anyio.to_thread import run_sync
 
 from aioserve import serving
 from tests.helpers.pages import Page
 from tests.helpers.programs import Program
+from tests.helpers.threads import in_thread
 from tests.integration import examples
 from tests.integration.discord_api import Discord
 from tests.integration.telegram import CHAT, TOKEN, Telegram
@@ -45,7 +46,9 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def running(library: str, kind: str, api: Telegram | Discord, tmp_path: Path) -> AsyncIterator[tuple[Program, str]]:
+async def running(
+    library: str, kind: str, api: Telegram | Discord, tmp_path: Path
+) -> AsyncIterator[tuple[Program, str]]:
     """Run a program of the page until its bot is online; give its server's URL."""
     script = tmp_path / "program.py"
     code = PAGE.files()[f"{library}_{kind}.py"]
@@ -55,8 +58,8 @@ async def running(library: str, kind: str, api: Telegram | Discord, tmp_path: Pa
         arguments = ("-m", "tests.integration.elsewhere", library, there.url, str(script))
         with Program(*arguments, warnings_are_errors=False) as program:
             # The hook of aiogram and of discord.py runs before the bot is online, as a block does.
-            url = (await run_sync(program.wait_for, SERVING)).removeprefix(SERVING)
-            await run_sync(program.wait_for, ONLINE[library])
+            url = (await in_thread(partial(program.wait_for, SERVING))).removeprefix(SERVING)
+            await in_thread(partial(program.wait_for, ONLINE[library]))
             yield program, url
 
 
@@ -73,12 +76,12 @@ async def test_bot_that_is_stopped_still_sends_what_the_last_request_asks_for(
         asking = asyncio.create_task(client.post(url + path, params={"text": "last"}))
         assert await api.next_message() == "last"
         program.send(signum)
-        while (await run_sync(refuses, url)) is False:
+        while (await in_thread(partial(refuses, url))) is False:
             pass
         assert not asking.done()
         api.accepting.set()
         assert (await asking).json() > 0
-        assert await run_sync(program.end) == (0, "")
+        assert await in_thread(program.end) == (0, "")
         assert f"INFO:uvicorn.error:Closed {url}" in program.said
         if isinstance(api, Discord):
             assert api.disconnected == [1000]
@@ -92,7 +95,7 @@ async def test_bot_hears_and_answers_beside_its_server(library: str, tmp_path: P
         api.say("hi")
         assert await api.next_message() == "hello"
         program.send(signal.SIGTERM)
-        assert await run_sync(program.end) == (0, "")
+        assert await in_thread(program.end) == (0, "")
 
 
 @pytest.mark.parametrize("library", ["aiogram", "telegram", "discord"])
@@ -102,7 +105,7 @@ async def test_hooks_of_a_bot_start_and_stop_its_server(library: str, tmp_path: 
     async with running(library, "hooks", api, tmp_path) as (program, url), httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(url)).status_code == 404
         program.send(signal.SIGINT)
-        code, err = await run_sync(program.end)
+        code, err = await in_thread(program.end)
         assert code == 0
         assert "Traceback" not in err
         assert f"INFO:uvicorn.error:Closed {url}" in program.said
@@ -117,8 +120,8 @@ async def test_example_of_a_bot_shows_its_chats_and_writes_to_them(
     async with serving(api.app) as there, httpx.AsyncClient(trust_env=False) as client:
         monkeypatch.setenv("BOT_API", there.url)
         with Program(str(examples.EXAMPLES / "bot.py"), warnings_are_errors=False) as program:
-            url = (await run_sync(program.wait_for, SERVING)).removeprefix(SERVING)
-            await run_sync(program.wait_for, ONLINE["aiogram"])
+            url = (await in_thread(partial(program.wait_for, SERVING))).removeprefix(SERVING)
+            await in_thread(partial(program.wait_for, ONLINE["aiogram"]))
             assert "None yet" in (await client.get(url)).text
             api.say("<b>hi</b>")
             assert await api.next_message() == "You are number 1."
@@ -133,11 +136,11 @@ async def test_example_of_a_bot_shows_its_chats_and_writes_to_them(
             asking = asyncio.create_task(client.post(f"{url}/chats/{CHAT}", json={"text": "last"}))
             assert await api.next_message() == "last"
             program.send(signal.SIGTERM)
-            while (await run_sync(refuses, url)) is False:
+            while (await in_thread(partial(refuses, url))) is False:
                 pass
             api.accepting.set()
             assert (await asking).status_code == 200
-            assert await run_sync(program.end) == (0, "")
+            assert await in_thread(program.end) == (0, "")
 
 
 def refuses(url: str) -> bool:

@@ -6,7 +6,6 @@ Redis and the bot are real ones; Telegram is a server of the test.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
