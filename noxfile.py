@@ -126,17 +126,28 @@ def types(session: nox.Session) -> None:
         session.run("pyright", "--ignoreexternal", "--verifytypes", "aioserve")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site: whether it can be built, whether its links lead somewhere, and how its words are spelt."""
+    session.install(*NEWEST, "-e", ".[docs]", "codespell", "linkchecker")
+    session.run("zensical", "build", "--strict", "--clean")
+    session.run("linkchecker", "--config", ".linkcheckerrc", "--no-status", "site/index.html")
+    session.run("codespell")
+
+
 @nox.session(reuse_venv=False)  # pip would take an older wheel of the same version for this one
 def wheel(session: nox.Session) -> None:
-    """The suite on the wheel, away from the checkout."""
-    session.install("build")
+    """The suite on the wheel, away from the checkout; a package index would take wheel and sdist."""
+    session.install("build", "twine")
     with tempfile.TemporaryDirectory() as away:
         session.run("python", "-m", "build", "--outdir", f"{away}/dist", silent=True)
+        session.run("twine", "check", "--strict", f"{away}/dist/*")
         (built,) = Path(away, "dist").glob("*.whl")
         session.install(f"{built}[test]")
-        shutil.copytree(HERE / "tests", Path(away, "tests"))
-        for name in ("pyproject.toml", "README.md"):
-            shutil.copy(HERE / name, away)
+        for name in ("docs", "examples", "tests"):
+            shutil.copytree(HERE / name, Path(away, name))
+        for path in (*HERE.glob("*.md"), *HERE.glob("*.toml")):
+            shutil.copy(path, away)
         with session.chdir(away):
             session.run(
                 "python", "-c", "import aioserve; assert 'site-packages' in aioserve.__file__, aioserve.__file__"

@@ -62,15 +62,15 @@ def _is_interpreter(executable: str) -> bool:
 
 def spawn(app: str, handover: messages.Handover) -> tuple[subprocess.Popen[bytes], int, IO[bytes]]:
     """Start the child; return it, the reading end of its events, and the writing end of its lifeline."""
-    with tempfile.TemporaryFile("w+") as file, ExitStack() as undo, ExitStack() as childs:
+    with tempfile.TemporaryFile("w+") as file, ExitStack() as undo, ExitStack() as passed_on:
         json.dump(handover._asdict(), file)
         file.seek(0)
         events, childs_events = os.pipe()
         undo.callback(os.close, events)
-        childs.callback(os.close, childs_events)
+        passed_on.callback(os.close, childs_events)
         childs_lifeline, lifeline = os.pipe()
         undo.callback(os.close, lifeline)
-        childs.callback(os.close, childs_lifeline)
+        passed_on.callback(os.close, childs_lifeline)
         if sys.platform != "win32":  # where none is started
             os.set_blocking(events, False)
 
