@@ -174,6 +174,6 @@ def versions(session: nox.Session) -> None:
 
 @nox.session
 def measure(session: nox.Session) -> None:
-    """The benchmarks' figures, for the README; on a quiet machine."""
+    """The benchmarks' figures, for the page on speed; on a quiet machine."""
     session.install(*NEWEST, ".[bench]")
     session.run("python", "benchmarks/all.py", *session.posargs)

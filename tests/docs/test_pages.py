@@ -123,6 +123,16 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def test_each_example_is_shown_by_a_page() -> None:
+    """By a snippet, which the site's build replaces by the file."""
+    shown = set(re.findall(r"^(?:--8<-- \"|--8<--\n)(examples/[\w./]+)", "".join(page.text for page in pages()), re.M))
+    assert shown == {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "examples").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
 def test_names_in_the_documentation_are_public() -> None:
     """Every error that it mentions, and each public name is on a page of the reference."""
     known = set(aioserve.__all__) | {name for name in dir(builtins) if name.endswith("Error")}

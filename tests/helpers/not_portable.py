@@ -1,5 +1,6 @@
 """
-Why a test does not hold on a loop without `add_reader()`, as marks; docs/explanation/loops.md says what happens there instead.
+Why a test does not hold on a loop without `add_reader()`, as marks; docs/explanation/loops.md says what
+happens there instead.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import struct
+import zlib
 
 import pytest
 
@@ -13,6 +15,17 @@ from tests.helpers.programs import ROOT
 
 IMAGES = ROOT / "docs" / "images"
 """The pictures of the documentation: tests make them anew where `AIOSERVE_SCREENSHOT=1` is in the environment."""
+
+
+def remark(shown: str) -> bytes:
+    """Return the part of a PNG that says what it shows, so that a test finds out when it shows something else."""
+    chunk = b"tEXtComment\0" + shown.encode("latin-1")
+    return struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def remarked(png: bytes, shown: str) -> bytes:
+    """Return a PNG with a remark behind its header."""
+    return png[:33] + remark(shown) + png[33:]
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import ssl
 
@@ -21,7 +22,7 @@ from aioserve.demo import Worker, make_app
 from tests.helpers.apps import App
 from tests.helpers.programs import Program
 from tests.helpers.turns import turns
-from tests.integration.conftest import IMAGES, program
+from tests.integration.conftest import IMAGES, program, remark, remarked
 
 pytestmark = pytest.mark.timeout(180)  # a browser takes seconds to start, and more on a busy machine
 
@@ -79,8 +80,10 @@ def test_page_of_the_demo_reconnects_when_its_server_is_restarted() -> None:
             url = url_of(demo)
             page.goto(url)
             page.wait_for_function(LIVE, arg={"count": 0, "events": 0, "echo": 0})
+            shown = re.sub(r"\d+", "0", page.inner_text("body"))  # without the count
             if os.environ.get("AIOSERVE_SCREENSHOT"):
-                take_picture(page)
+                take_picture(page, shown)
+            assert remark(shown) in PICTURE.read_bytes(), "AIOSERVE_SCREENSHOT=1 makes a new picture of the demo's page"
             stop(demo)
         page.wait_for_function(GONE)
         assert "requestfinished events" in ended
@@ -94,8 +97,9 @@ def test_page_of_the_demo_reconnects_when_its_server_is_restarted() -> None:
             stop(demo)
 
 
-def take_picture(page: Page) -> None:
-    page.screenshot(path=PICTURE, clip={"x": 0, "y": 0, "width": 760, "height": 400})
+def take_picture(page: Page, shown: str) -> None:
+    png = page.screenshot(clip={"x": 0, "y": 0, "width": 760, "height": 400})
+    PICTURE.write_bytes(remarked(png, shown))
 
 
 async def test_browser_and_server_can_share_a_loop() -> None:

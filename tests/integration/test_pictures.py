@@ -24,7 +24,7 @@ from rich.text import Text
 
 from tests.helpers.pages import Page, pages
 from tests.helpers.projects import WITHOUT_ASYNCIO
-from tests.integration.conftest import IMAGES, program
+from tests.integration.conftest import IMAGES, program, remark, remarked
 
 pytestmark = pytest.mark.timeout(180)  # a kernel and a browser take seconds to start, and more on a busy machine
 
@@ -70,7 +70,7 @@ def picture(name: str) -> Path:
 
 @pytest.mark.parametrize("path", sorted(IMAGES.iterdir()), ids=lambda path: path.name)
 def test_picture_is_small_and_on_a_page(path: Path) -> None:
-    assert picture(path.name).stat().st_size < 120_000
+    assert picture(path.name).stat().st_size < 80_000
     beginning = {".png": b"\x89PNG", ".svg": b"<svg"}[path.suffix]
     assert path.read_bytes().lstrip().startswith(beginning)
 
@@ -112,7 +112,7 @@ def cells() -> list[str]:
 
 async def executed() -> NotebookNode:
     """Run the cells of the page on notebooks in a kernel."""
-    notebook = new_notebook(cells=[new_code_cell(cell.strip()) for cell in cells()])  # type: ignore[no-untyped-call]
+    notebook: NotebookNode = new_notebook(cells=[new_code_cell(cell.strip()) for cell in cells()])  # type: ignore[no-untyped-call]
     client = NotebookClient(notebook, timeout=60, kernel_name="python3")
     async with client.async_setup_kernel():
         for index, cell in enumerate(notebook.cells):
@@ -125,6 +125,7 @@ async def test_picture_of_a_notebook_shows_the_cells_of_the_page(tmp_path: Path)
     notebook = await executed()
     printed = [output.text for cell in notebook.cells for output in cell.outputs if output.output_type == "stream"]
     assert printed == ['"hello from a cell"\n', '"hello from another cell"\n']
+    shown = "\n".join([*(cell.source for cell in notebook.cells), *printed])
     if TAKE:
         body, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook)  # type: ignore[no-untyped-call]
         (tmp_path / "notebook.html").write_text(body, encoding="utf-8")
@@ -135,6 +136,6 @@ async def test_picture_of_a_notebook_shows_the_cells_of_the_page(tmp_path: Path)
             )
             page = await browser.new_page(viewport={"width": 760, "height": 400})
             await page.goto(f"file://{tmp_path}/notebook.html")
-            (IMAGES / "notebook.png").write_bytes(await page.screenshot(full_page=True))
+            (IMAGES / "notebook.png").write_bytes(remarked(await page.screenshot(full_page=True), shown))
             await browser.close()
-    assert picture("notebook.png").exists()
+    assert remark(shown) in picture("notebook.png").read_bytes()

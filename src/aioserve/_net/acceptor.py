@@ -1,8 +1,8 @@
 """
 Accepts connections on listening sockets, on loops with `add_reader()`; `portable.py` does so on others.
 
-asyncio's own servers do not track a connection between accept() and its protocol; docs/explanation/decisions.md says what that
-would cost.
+asyncio's own servers do not track a connection between accept() and its protocol; docs/explanation/decisions.md says
+what that would cost.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack, overload
 
@@ -148,7 +149,8 @@ class LiveServers:
 
 
 def _raise_all(errors: list[Exception]) -> None:
-    __tracebackhide__ = True
+    # Of a group, pytest 8 needs a frame that is not hidden.
+    __tracebackhide__ = len(errors) == 1 or getattr(sys.modules.get("pytest"), "version_tuple", (9,)) >= (9,)
     for error in errors:
         hide_our_frames(error)
     if len(errors) > 1:
