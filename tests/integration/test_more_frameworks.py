@@ -368,6 +368,12 @@ def test_each_process_of_celerys_pool_can_have_a_server(tmp_path: Path) -> None:
     assert [words[0] for words in said] == ["ready", "asked", "lifespan", "stopped"]
 
 
+def test_server_in_a_process_of_celerys_pool_that_nobody_stops_does_not_end_gracefully(tmp_path: Path) -> None:
+    """Such a process exits without Python's hooks."""
+    pids, _, _ = run_worker("children, left", tmp_path)
+    assert set(pids) == {"ready", "asked"}
+
+
 def test_task_of_celery_can_have_a_server(tmp_path: Path) -> None:
     pids, _, main = run_worker("task", tmp_path)
     assert pids["asked"] == pids["lifespan"] != str(main)

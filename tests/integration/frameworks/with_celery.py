@@ -1,10 +1,11 @@
 """
 A worker of Celery with a broker in a directory: `python -m tests.integration.frameworks.with_celery MODE DIRECTORY`.
 
-    main        the main process has a server, from its start to its end
-    main, left  the same, and nobody stops the server
-    children    each process of the pool has a server
-    task        each task has a server
+    main            the main process has a server, from its start to its end
+    main, left      the same, and nobody stops the server
+    children        each process of the pool has a server
+    children, left  the same, and nobody stops the servers
+    task            each task has a server
 
 It prints what happens.
 """
@@ -70,8 +71,9 @@ if MODE.startswith("main"):
     signals.worker_init.connect(begin)
 if MODE == "main":
     signals.worker_shutdown.connect(end)
-if MODE == "children":
+if MODE.startswith("children"):
     signals.worker_process_init.connect(begin)
+if MODE == "children":
     signals.worker_process_shutdown.connect(end)
 
 
