@@ -33,6 +33,8 @@ README = ROOT / "README.md"
 
 # The examples on these pages need more than the extra `test`: tests/integration runs them.
 WITH_MORE_PACKAGES = {
+    "docs/explanation/frameworks.md",
+    "docs/explanation/tracing.md",
     "docs/testing/mocks.md",
     "docs/testing/other-tools.md",
 }
