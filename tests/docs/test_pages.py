@@ -9,6 +9,7 @@ import builtins
 import importlib.metadata
 import itertools
 import re
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -167,3 +168,10 @@ def test_description_of_the_package_shows_no_picture_and_links_to_no_file_that_a
     assert [
         target for target in re.findall(r"\]\(([^)]*)\)", description) if not target.startswith(("http", "#"))
     ] == []
+
+
+def test_newest_version_in_the_changelog_is_that_of_the_package() -> None:
+    """`pyproject.toml` is its only other place."""
+    versions = re.findall(r"^## \[(\d[\d.]*)\] - \d{4}-\d\d-\d\d$", Page("CHANGELOG.md").text, flags=re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert versions[0] == project["version"]
