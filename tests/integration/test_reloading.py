@@ -15,6 +15,13 @@ from tests.helpers.programs import Program
 FILES = Page("docs/guides/swapping.md").files()
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step, as editors do."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
 @pytest.mark.timeout(120)
 def test_app_is_reloaded_when_its_file_changes_and_kept_when_the_change_is_wrong(tmp_path: Path) -> None:
     """On the same address, also for a connection that is open."""
@@ -24,10 +31,10 @@ def test_app_is_reloaded_when_its_file_changes_and_kept_when_the_change_is_wrong
     with Program("-B", "develop.py", cwd=tmp_path) as develop:
         with httpx.Client(base_url=develop.wait_for("serving").split()[1]) as client:
             assert client.get("/").json() == "version 1"
-            app.write_text(FILES["site_app.py"].replace("version 1", "version two"))
+            replace(app, FILES["site_app.py"].replace("version 1", "version two"))
             develop.wait_for("reloaded")
             assert client.get("/").json() == "version two"
-            app.write_text("this is not Python")
+            replace(app, "def")
             develop.wait_for("not reloaded: invalid syntax")
             assert client.get("/").json() == "version two"
         develop.process.terminate()
