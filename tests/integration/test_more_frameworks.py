@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -299,9 +301,14 @@ def make_grpc(play: Play) -> tuple[grpc.aio.Server, FastAPI]:
 
 @pytest.fixture
 def grpcs_thread_ends() -> Iterator[None]:
-    """Collect what belongs to a loop's calls: their thread ends with the last object of grpc.aio."""
+    """Collect what belongs to a loop's calls: their thread and its descriptors end with the last object of grpc.aio."""
+    before = set(os.listdir("/proc/self/fd"))
     yield
     gc.collect()
+    deadline = time.monotonic() + 10
+    while not set(os.listdir("/proc/self/fd")) <= before and time.monotonic() < deadline:  # nothing tells when
+        time.sleep(0.01)
+        gc.collect()
 
 
 @pytest.mark.parametrize("loop_name", ["asyncio"])

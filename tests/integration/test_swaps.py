@@ -53,7 +53,7 @@ class Counting:
             self.lives["ended"] += 1
             await send({"type": "lifespan.shutdown.complete"})
             return
-        await turns(10)  # so that swaps come in the middle of requests
+        await turns(30)  # so that swaps come in the middle of requests
         assert scope["state"]["app"] == id(self)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         await send({"type": "http.response.body", "body": b"hello"})
