@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect as connect_websocket
 
 from aioserve import Server, serving
 from tests.helpers import not_portable
@@ -253,29 +253,31 @@ async def test_tail_of_a_websocket_and_its_close_arrive_at_a_client_that_sends(
 
     async with serving(app, ws=ws, shutdown_timeout=None, **options) as server:
 
-        def talk() -> tuple[int, int | None]:
+        async def talk() -> tuple[int, int | None]:
             received = 0
             url = server.url.replace("http", "ws", 1)
-            with connect_websocket(url, max_size=None, ssl=context, proxy=None, ping_interval=None) as client:
+            async with connect_websocket(url, max_size=None, ssl=context, proxy=None, ping_interval=None) as client:
 
-                def send() -> None:
+                async def send() -> None:
                     try:
                         while True:
-                            client.send(bytes(10_000))
+                            await client.send(bytes(10_000))
+                            await asyncio.sleep(0)  # it does not wait as long as the kernel takes what it sends
                     except ConnectionClosed:
                         pass
 
-                sender = threading.Thread(target=send)
-                sender.start()
+                sender = asyncio.create_task(send())
                 try:
                     while True:
-                        received += len(client.recv())
+                        received += len(await client.recv())
                 except ConnectionClosed as exc:
                     return received, None if exc.rcvd is None else exc.rcvd.code
                 finally:
-                    sender.join()
+                    await sender
 
-        talking = in_thread(talk)
+        # In a thread, so that it sends whatever the server does; and on a loop there: the client without a loop reads and
+        # writes in two threads, with which an ssl.SSLSocket crashes or hangs (python/cpython#151508).
+        talking = in_thread(lambda: asyncio.run(talk()))
         await sent.wait()
         await server.aclose()
         assert await talking == (UPLOAD, 1012)
