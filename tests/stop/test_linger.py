@@ -275,8 +275,8 @@ async def test_tail_of_a_websocket_and_its_close_arrive_at_a_client_that_sends(
                 finally:
                     await sender
 
-        # In a thread, so that it sends whatever the server does; and on a loop there: the client without a loop reads and
-        # writes in two threads, with which an ssl.SSLSocket crashes or hangs (python/cpython#151508).
+        # In a thread, so that it sends whatever the server does. The client without a loop would read and write in two
+        # threads, with which an ssl.SSLSocket crashes or hangs (python/cpython#151508).
         talking = in_thread(lambda: asyncio.run(talk()))
         await sent.wait()
         await server.aclose()
