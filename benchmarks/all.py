@@ -1,7 +1,7 @@
 """
 Ask all the questions, and write the answers into the page on speed and its picture.
 
-    python benchmarks/all.py                 measure everything, which takes half an hour on a quiet machine
+    python benchmarks/all.py                 measure everything, which takes three quarters of an hour on a quiet machine
     python benchmarks/all.py --again         write the figures and the picture from what was measured last
     python benchmarks/all.py --rounds 5      see whether all of it runs, in a few minutes; nothing is kept
 
@@ -33,7 +33,7 @@ RUNS = {
     "stop_with_clients-uvloop": ["stop_with_clients.py", "--loop", "uvloop"],
     **{
         f"throughput-{http}-{loop}": ["throughput.py", "--http", http, "--loop", loop]
-        for http in ("h11", "httptools", "zttp")
+        for http in ("h11", "httptools", "zttp", "http2")
         for loop in ("asyncio", "uvloop")
     },
     "idle-asyncio": ["idle.py"],
@@ -42,6 +42,8 @@ RUNS = {
     "cycles-asyncio": ["cycles.py"],
     "cycles-uvloop": ["cycles.py", "--loop", "uvloop"],
     "imports": ["imports.py"],
+    "restarts": ["restarts.py"],
+    "fixtures": ["fixtures.py"],
 }
 NOT_IN_QUICK = ("stop_with_clients-uvloop", "many_servers-uvloop", "cycles-uvloop")
 
@@ -50,7 +52,7 @@ def measure(folder: Path, rounds: int | None) -> list[str]:
     """Run the scripts, with their own numbers of rounds or with this one; return those that failed."""
     options = [] if rounds is None else ["--rounds", str(rounds)]
     commands = {name: [*run, "--json", str(folder / f"{name}.json")] for name, run in RUNS.items()}
-    commands |= {"restarts": ["restarts.py"], "fixtures": ["fixtures.py"]}  # what these find is not shown
+
     if rounds is not None:
         commands = {name: command for name, command in commands.items() if name not in NOT_IN_QUICK}
     failed = []

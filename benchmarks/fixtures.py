@@ -5,19 +5,18 @@ Timed, in turn, as whole runs of pytest in processes of their own: a session of 
 the app, one request and an end:
 
 - aioserve: the fixture `aioserve_client`, so a real server and a real connection
+- aioserve, not raising: the same with `raise_app_exceptions=False`
 - fake: `httpx.ASGITransport` in a client, with asgi-lifespan around it
 - nothing: the same tests without an app, which is what pytest, anyio's plugin and its loops cost by themselves
 
-Printed: the ratio of the first two, then the median of each in seconds, and what a test has cost more than nothing.
+Printed: the median of each in seconds, its ratio to the fake, and what a test has cost more than nothing.
 
-    python benchmarks/fixtures.py [--rounds 10] [--tests 1000]
+    python benchmarks/fixtures.py [--rounds 10] [--tests 1000] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from common import measuring
 
 COMMON = """
 import httpx
@@ -50,6 +51,12 @@ WAYS = {
 @pytest.mark.parametrize("number", range({tests}))
 async def test_hello(aioserve_client, number):
     client = await aioserve_client(app)
+    assert (await client.get("/")).json() == "hello"
+""",
+    "aioserve, not raising": """
+@pytest.mark.parametrize("number", range({tests}))
+async def test_hello(aioserve_client, number):
+    client = await aioserve_client(app, raise_app_exceptions=False)
     assert (await client.get("/")).json() == "hello"
 """,
     "fake": """
@@ -91,8 +98,8 @@ def run(path: Path, tests: int) -> float:
     return took
 
 
-def measure(rounds: int, tests: int) -> dict[str, float]:
-    """Return the median of each way, in seconds."""
+def measure(rounds: int, tests: int) -> dict[str, list[float]]:
+    """Return what each way took, in seconds."""
     took: dict[str, list[float]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder, f"test_{name}.py") for name in WAYS}
@@ -101,20 +108,18 @@ def measure(rounds: int, tests: int) -> dict[str, float]:
         for number in range(rounds):
             for name in paths if number % 2 else reversed(paths):
                 took[name].append(run(paths[name], tests))
-    return {name: statistics.median(each) for name, each in took.items()}
+    return took
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Run tests with real servers and with fake ones.")
-    parser.add_argument("--rounds", type=int, default=10, help="how often to run each; default: 10")
+    parser = measuring.parser(__doc__, rounds=10)
     parser.add_argument("--tests", type=int, default=1000, help="how many tests to a session; default: 1000")
     arguments = parser.parse_args()
-    medians = measure(arguments.rounds, arguments.tests)
-
-    print(f"aioserve / fake: {medians['aioserve'] / medians['fake']:.2f}")
-    names = ("aioserve-asgi", "uvicorn", "anyio", "httpx", "asgi-lifespan", "fastapi", "pytest")
-    packages = ", ".join(f"{name} {version(name)}" for name in names)
-    print(f"Python {platform.python_version()}, {packages}, {platform.platform(terse=True)}")
-    for name, median in medians.items():
-        more = (median - medians["nothing"]) / arguments.tests * 1000
-        print(f"{name:9} {median:7.2f} s for {arguments.tests} tests {more:+7.2f} ms each")
+    report = measuring.Report(__file__, arguments)
+    print(", ".join(f"{name} {version(name)}" for name in ("httpx2", "httpx", "asgi-lifespan", "fastapi", "pytest")))
+    took = measure(arguments.rounds, arguments.tests)
+    report.times(f"{arguments.tests} tests", took, to="fake", unit="s")
+    nothing = statistics.median(took["nothing"])
+    more = {name: (statistics.median(each) - nothing) / arguments.tests * 1000 for name, each in took.items()}
+    report.table("more than nothing, for each test", {name: {"ms": each} for name, each in more.items()})
+    report.write()

@@ -1,7 +1,8 @@
 """
 What does a server cost that nobody asks anything?
 
-Counted over some seconds, in a process for each, all at the same time:
+Counted over some seconds, in a process for each, all at the same time, without a client; and then one server after the
+other, with 10,000 clients that have sent half the head of a request (1,000 if there are fewer than 5 rounds):
 
 - turns: how often the loop goes to sleep and wakes up (asyncio's loop only); one is the timer of the measuring
 - switches: how often a thread of the process goes to sleep
@@ -18,10 +19,30 @@ import statistics
 import time
 from typing import Any
 
-from common import children, measuring
+from common import children, clients, measuring
 
-NAMES = ("bare", "aioserve", "aiohttp", "hypercorn", "h2corn", "granian", "uvicorn, task")
+NAMES = ("bare", "aioserve", "aiohttp", "hypercorn", "anycorn", "h2corn", "granian", "uvicorn, task")
 SECONDS = 2.0
+
+
+def summary(measured: list[dict[str, float]]) -> dict[str, float]:
+    """The medians, for a second."""
+    units = {"turns": 1, "switches": 1, "cpu": 1000}
+    return {
+        f"{name}, ms" if unit > 1 else name: statistics.median(each[name] for each in measured) / SECONDS * unit
+        for name, unit in units.items()
+    }
+
+
+def with_slow_clients(name: str, loop: str, count: int, rounds: int) -> list[dict[str, float]]:
+    """Count, while so many clients do not send the other half."""
+    with children.serve(name, loop=loop) as child:
+        opened = clients.open_clients(child.ask("start"), "half", count)
+        try:
+            time.sleep(1)
+            return [child.ask({"idle": SECONDS}) for _ in range(rounds)]
+        finally:
+            clients.hang_up(opened)
 
 
 def main(arguments: Any) -> int:
@@ -41,20 +62,17 @@ def main(arguments: Any) -> int:
         child.ask("stop")
         child.__exit__(None, None, None)
 
-    rows = {
-        name: {
-            "turns": statistics.median(each["turns"] for each in measured) / SECONDS,
-            "switches": statistics.median(each["switches"] for each in measured) / SECONDS,
-            "cpu, ms": statistics.median(each["cpu"] for each in measured) / SECONDS * 1000,
-        }
-        for name, measured in figures.items()
-    }
+    rows = {name: summary(measured) for name, measured in figures.items()}
     for row in rows.values():
         row["turns beyond bare"] = row["turns"] - rows["bare"]["turns"]
     report.table("idle, each second", rows)
+    count = 10_000 if arguments.rounds >= 5 else 1000
+    slow = {name: summary(with_slow_clients(name, arguments.loop, count, arguments.rounds)) for name in NAMES}
+    report.table("with clients that have sent half a head, each second", slow)
     report.write()
     return int(rows["aioserve"]["turns beyond bare"])
 
 
 if __name__ == "__main__":
+    measuring.more_descriptors(20_000)
     raise SystemExit(main(measuring.parser(__doc__, rounds=5).parse_args()))

@@ -3,7 +3,7 @@ What do 1,000 servers in one loop cost?
 
 Timed, in turn, in one process and one loop: starting all, one after the other, and stopping all; of asyncio's own
 (bare), a sketch of an ASGI server that has not one error path, aioserve, aiohttp (once with one `Application` for all,
-once with one for each) and hypercorn.
+once with one for each), hypercorn and anycorn.
 
 Weighed, in a process for each: the memory of a server, as tracemalloc sees it and as the process grows (RSS). For
 uvicorn, that is its objects: a `Config`, loaded, and a `Server` after `startup()`; and the same served in a task.
@@ -26,7 +26,7 @@ import uvicorn
 
 from common import children, measuring, peers
 
-NAMES = ("bare", "sketch", "aioserve", "aiohttp", "aiohttp, app anew", "hypercorn")
+NAMES = ("bare", "sketch", "aioserve", "aiohttp", "aiohttp, app anew", "hypercorn", "anycorn")
 WEIGHED = (*NAMES, "uvicorn's objects", "uvicorn, task")
 
 

@@ -7,32 +7,34 @@ client was answered twice, on average:
 - fresh: a new connection for each request
 - drained: kept-alive connections, with a `drain_delay` in which each client asks again, and is told to go
 - kept-alive: the same without it; what is lost is HTTP/1.1's own race, a request that crosses the close on its way
+- overlapping: a new connection for each request, and two servers with `reuse_port`, of which the next one starts, which
+  takes its app half a second, while the last one serves (a tenth of the restarts)
 
-Printed, and written as JSON: what the clients counted. "unanswered" failed with not a byte of an answer, and could be
-sent again; "broken" with a part of one. All but the last are to be 0.
+Printed: what the clients counted. "unanswered" failed with not a byte of an answer, and could be sent again; "broken"
+with a part of one: all but those of "kept-alive" are to be 0. "longest" is the longest time from connecting to an
+answer, in milliseconds.
 
-    python benchmarks/restarts.py [--rounds 100] [--clients 200]
+    python benchmarks/restarts.py [--rounds 100] [--clients 200] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import socket
 import sys
 import time
-from collections import Counter
 from typing import Any
 
-from aioserve import serving
-from common import children, clients, peers
+from aioserve import serving, start
+from common import children, clients, measuring, peers
 
 QUESTIONS: dict[str, dict[str, Any]] = {
     "fresh": {},
     "drained": {"drain_delay": 0.3},
     "kept-alive": {},
+    "overlapping": {"reuse_port": True},
 }
+STARTUP = 0.5
 
 
 class Counting:
@@ -53,7 +55,33 @@ class Counting:
             self.enough.set()
 
 
-async def restart(name: str, rounds: int, count: int) -> dict[str, int]:
+class SlowStartup(Counting):
+    """Takes its time."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await asyncio.sleep(STARTUP)
+        await super().__call__(scope, receive, send)
+
+
+async def overlap(rounds: int, count: int) -> dict[str, float]:
+    """Restart as often, with the next server on the port before the last one stops."""
+    async with await start(peers.app, port=0, access_log=False, **QUESTIONS["overlapping"]) as server:
+        port = server.port or 0
+        with children.Child(__file__, "--load", str(port), "fresh", "--clients", str(count)) as load:
+            for _ in range(rounds):
+                app = SlowStartup()
+                app.left = count
+                following = await start(app, port=port, access_log=False, **QUESTIONS["overlapping"])
+                await server.aclose()
+                await app.enough.wait()
+                server = following
+            counted: dict[str, float] = await asyncio.to_thread(load.ask, "end")
+            await server.aclose()
+    return counted
+
+
+async def restart(name: str, rounds: int, count: int) -> dict[str, float]:
     """Restart the server so often under the load of so many clients; return what these have counted."""
     app = Counting()
     with socket.socket() as lent:
@@ -66,13 +94,13 @@ async def restart(name: str, rounds: int, count: int) -> dict[str, int]:
                 async with serving(app, sockets=[lent], access_log=False, **QUESTIONS[name]):
                     await app.enough.wait()
             async with serving(app, sockets=[lent], access_log=False):
-                counted: dict[str, int] = await asyncio.to_thread(load.ask, "end")
+                counted: dict[str, float] = await asyncio.to_thread(load.ask, "end")
     return counted
 
 
 async def be_the_load(port: int, name: str, count: int) -> None:
     """Send requests from so many clients until we are asked, then reply with what became of these."""
-    counts: Counter[str] = Counter(answered=0, unanswered=0, broken=0)
+    counts: dict[str, float] = {"answered": 0, "unanswered": 0, "broken": 0, "longest": 0.0}
     ended = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for _ in range(count):
@@ -83,10 +111,11 @@ async def be_the_load(port: int, name: str, count: int) -> None:
     children.reply(counts)
 
 
-async def client(port: int, request: bytes, counts: Counter[str], ended: asyncio.Event) -> None:
+async def client(port: int, request: bytes, counts: dict[str, float], ended: asyncio.Event) -> None:
     """Send one request after the other, on one connection until an answer says that it closes, or none comes."""
     writer = None
     while not ended.is_set():
+        began = time.perf_counter()
         if writer is None:
             reader, writer = await asyncio.open_connection(peers.HOST, port)
         head = b""
@@ -99,6 +128,7 @@ async def client(port: int, request: bytes, counts: Counter[str], ended: asyncio
             counts["broken" if head or getattr(exc, "partial", b"") else "unanswered"] += 1
         else:
             counts["answered"] += 1
+            counts["longest"] = max(counts["longest"], (time.perf_counter() - began) * 1000)
             if b"connection: close" not in head.lower():
                 continue
         writer.transport.abort()
@@ -107,24 +137,27 @@ async def client(port: int, request: bytes, counts: Counter[str], ended: asyncio
         writer.transport.abort()
 
 
-async def main(rounds: int, count: int) -> int:
-    """Ask all three; return how many requests were lost that should not have been."""
+async def main(report: measuring.Report, rounds: int, count: int) -> bool:
+    """Ask all; return whether requests were lost that should not have been."""
     results = {}
     for name in QUESTIONS:
-        began = time.perf_counter()
-        results[name] = await restart(name, rounds, count)
-        print(f"{name:12}", results[name], f"{time.perf_counter() - began:.1f} s", file=sys.stderr)
-    print(json.dumps(results))
-    return sum(counts["broken"] + counts["unanswered"] * (name != "kept-alive") for name, counts in results.items())
+        if name == "overlapping":
+            results[name] = await overlap(max(1, rounds // 10), count)
+        else:
+            results[name] = await restart(name, rounds, count)
+    report.table(f"{rounds} restarts under {count} clients", results)
+    return any(counts["broken"] or (counts["unanswered"] and name != "kept-alive") for name, counts in results.items())
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Restart a server under load.")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--clients", type=int, default=200)
+    parser = measuring.parser(__doc__, rounds=100)
+    parser.add_argument("--clients", type=int, default=200, help="default: 200")
     parser.add_argument("--load", nargs=2, metavar=("PORT", "NAME"), help="for its own use")
     arguments = parser.parse_args()
     if arguments.load:
         asyncio.run(be_the_load(int(arguments.load[0]), arguments.load[1], arguments.clients))
     else:
-        sys.exit(asyncio.run(main(arguments.rounds, arguments.clients)) != 0)
+        report = measuring.Report(__file__, arguments)
+        lost = measuring.run(main(report, arguments.rounds, arguments.clients), arguments.loop)
+        report.write()
+        sys.exit(lost)

@@ -6,9 +6,9 @@ ways, once), of which the median counts, since the first finds the processor's c
 
 - bare: a server of asyncio's own, opened and closed; nobody can be faster
 - sketch: the least that an ASGI server is, without one error path
-- aioserve: `async with serving(app): pass`, with the app's lifespan
+- aioserve: `async with serving(app): pass`, with the app's lifespan; and in a thread, by `start_in_thread()`
 - aiohttp (an `AppRunner` and a `TCPSite`; once with one `Application` for all, once with one for each), hypercorn,
-  h2corn and granian in the same loop, as `common/peers.py` has them
+  anycorn, h2corn, granian and websockets (which knows no lifespan) in the same loop, as `common/peers.py` has them
 - uvicorn, task: `uvicorn.Server.serve()` in a task, `started` looked at on every loop turn, `should_exit` set
 - uvicorn, thread: `uvicorn.Server.run()` in a thread, `started` polled every millisecond, `should_exit` set, joined
 - uvicorn, fork and spawn: the same in a process of `multiprocessing`, from a process that does nothing else; connected

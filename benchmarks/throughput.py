@@ -5,8 +5,9 @@ Measured, aioserve against `uvicorn.Server` of the same configuration in a task,
 short pairs whose order alternates, with new processes every few pairs (one process can be faster than the next for as
 long as it lives):
 
-- requests in a second, and how long 50 % and 99 % of them took at most: wrk, 16 connections that are kept alive
-- new connections in a second: one request each, 16 at a time, from this process
+- requests in a second, and how long 50 % and 99 % of them took at most: wrk, 16 connections that are kept alive; with
+  HTTP/2, h2load, 4 connections with 4 streams each
+- new connections in a second: one request each, 16 at a time, from this process (not with HTTP/2)
 
 What counts is the ratio within a pair: the medians of these are printed, each with the 95 % confidence interval of the
 median of what the processes had for theirs (the pairs of the same processes are not independent).
@@ -29,6 +30,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -41,6 +43,7 @@ from common import children, clients, measuring, peers
 NAMES = ("aioserve", "uvicorn, task")
 PAIRS_PER_PROCESS = 5
 CONNECTIONS = 16
+HTTP2 = "http2"
 NEW_CONNECTIONS = 1000
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -57,24 +60,46 @@ def wrk(port: int) -> dict[str, float]:
     return {"requests/s": float(rate[1]), "p50": times["50"], "p99": times["99"]}
 
 
-def pair(ports: dict[str, int], order: list[str]) -> dict[str, dict[str, float]]:
+def h2load(port: int) -> dict[str, float]:
+    """Let it make fewer than 1,000 requests on each connection, after which aioserve closes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        command = ["h2load", "-n3600", "-c4", "-m4", f"--log-file={log}", f"http://{peers.HOST}:{port}/"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        lines = [line.split("\t") for line in log.read_text().splitlines()]
+    if any(status != "200" for _, status, _ in lines):
+        raise RuntimeError(said)
+    rate = re.search(r"([\d.]+) req/s", said)
+    assert rate is not None, said
+    times = sorted(int(took) / 1e6 for _, _, took in lines)
+    return {"requests/s": float(rate[1]), "p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]}
+
+
+def pair(ports: dict[str, int], order: list[str], http: str) -> dict[str, dict[str, float]]:
     """Measure both."""
+    if http == HTTP2:
+        return {name: h2load(ports[name]) for name in order}
     results = {name: wrk(ports[name]) for name in order}
     for name in order:
         results[name]["new connections/s"] = clients.fetch(ports[name], NEW_CONNECTIONS)
     return results
 
 
+def options(http: str) -> dict[str, Any]:
+    """What both are given."""
+    return {"http": "zttp", "http2": True} if http == HTTP2 else {"http": http}
+
+
 def pairs(rounds: int, http: str, loop: str) -> list[dict[str, dict[str, float]]]:
     """Measure so many pairs."""
     results: list[dict[str, dict[str, float]]] = []
     while len(results) < rounds:
-        servers = {name: children.serve(name, loop=loop, http=http) for name in NAMES}
+        servers = {name: children.serve(name, loop=loop, **options(http)) for name in NAMES}
         ports = {name: server.ask("start") for name, server in servers.items()}
         for port in ports.values():
             clients.fetch(port, 100)
         for _ in range(min(PAIRS_PER_PROCESS, rounds - len(results))):
-            results.append(pair(ports, list(NAMES if len(results) % 2 else reversed(NAMES))))
+            results.append(pair(ports, list(NAMES if len(results) % 2 else reversed(NAMES)), http))
         for server in servers.values():
             server.ask("stop")
             server.__exit__(None, None, None)
@@ -86,7 +111,7 @@ def of_processes(ratios: list[float]) -> list[list[float]]:
     return [ratios[first : first + PAIRS_PER_PROCESS] for first in range(0, len(ratios), PAIRS_PER_PROCESS)]
 
 
-async def count_calls(make: Any, requests: int, *, kept_alive: bool) -> dict[str, dict[str, int]]:
+async def count_calls(make: Any, requests: int, *, kept_alive: bool, http2: bool) -> dict[str, dict[str, int]]:
     """Return the calls of a request, by name: of Python's functions, and of C's."""
     running = await make()()
     port = running.port()
@@ -100,10 +125,13 @@ async def count_calls(make: Any, requests: int, *, kept_alive: bool) -> dict[str
             seen.append(("C", getattr(argument, "__qualname__", repr(argument))))
 
     def client() -> None:
-        connection = clients.connect(port)
+        http2_connection = clients.Http2(port) if http2 else None
+        connection = clients.connect(port) if http2_connection is None else http2_connection.socket
         for _ in range(requests):
             seen.clear()
-            if kept_alive:
+            if http2_connection is not None:
+                http2_connection.ask()
+            elif kept_alive:
                 clients.ask(connection, clients.GET)
             else:
                 connection.close()
@@ -137,8 +165,13 @@ def _watch(thread: threading.Thread, done: asyncio.Future[None]) -> None:
 
 async def calls(http: str, *, kept_alive: bool) -> dict[str, dict[str, dict[str, int]]]:
     """Count the calls of both."""
-    makes = {"aioserve": partial(peers.aioserve, http=http), "uvicorn, task": partial(peers.uvicorn_task, http=http)}
-    return {name: await count_calls(make, 200, kept_alive=kept_alive) for name, make in makes.items()}
+    makes = {
+        "aioserve": partial(peers.aioserve, **options(http)),
+        "uvicorn, task": partial(peers.uvicorn_task, **options(http)),
+    }
+    return {
+        name: await count_calls(make, 200, kept_alive=kept_alive, http2=http == HTTP2) for name, make in makes.items()
+    }
 
 
 def main(arguments: Any) -> int:
@@ -162,9 +195,10 @@ def main(arguments: Any) -> int:
     report.table(f"aioserve / uvicorn ({arguments.http})", rows)
 
     beyond = count(report, arguments, kept_alive=True)
-    count(report, arguments, kept_alive=False)
+    if arguments.http != HTTP2:
+        count(report, arguments, kept_alive=False)
     report.write()
-    return max(0, beyond)
+    return max(0, beyond - (arguments.http == HTTP2))  # one counts the streams of a connection
 
 
 def beyond(ours: dict[str, dict[str, int]], theirs: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
@@ -192,8 +226,13 @@ def count(report: measuring.Report, arguments: Any, *, kept_alive: bool) -> int:
 
 if __name__ == "__main__":
     parser = measuring.parser(__doc__, rounds=40)
-    parser.add_argument("--http", choices=["h11", "httptools", "zttp"], default="httptools", help="default: httptools")
+    parser.add_argument(
+        "--http", choices=["h11", "httptools", "zttp", HTTP2], default="httptools", help="default: httptools"
+    )
     arguments = parser.parse_args()
-    if shutil.which("wrk") is None:
-        raise SystemExit("wrk is missing: apt-get install wrk, or brew install wrk")
+    for program, package in {"wrk": "wrk", "h2load": "nghttp2-client"}.items():
+        if shutil.which(program) is None:
+            raise SystemExit(
+                f"{program} is missing: apt-get install {package}, or brew install {package.split('-')[0]}"
+            )
     raise SystemExit(main(arguments))

@@ -10,11 +10,16 @@ import socket
 import time
 from collections.abc import Sequence
 
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import StreamEnded
+
 from common.peers import HOST
 
 GET = b"GET / HTTP/1.1\r\nhost: benchmark\r\n\r\n"
 GET_ONCE = b"GET / HTTP/1.1\r\nhost: benchmark\r\nconnection: close\r\n\r\n"
 STREAM = b"GET /stream HTTP/1.1\r\nhost: benchmark\r\naccept: text/event-stream\r\n\r\n"
+HALF = b"GET / HTTP/1.1\r\nhost: bench"
 WEBSOCKET = (
     b"GET /ws HTTP/1.1\r\nhost: benchmark\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
     b"sec-websocket-key: " + base64.b64encode(b"0123456789abcdef") + b"\r\n\r\n"
@@ -47,13 +52,47 @@ def ask(connected: socket.socket, request: bytes, until: bytes = b"hello") -> No
         received += data
 
 
+class Http2:
+    """A connection on which one request is made after the other, in clear text."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = connect(port)
+        self._state = H2Connection(H2Configuration(header_encoding=None))
+        self._state.initiate_connection()
+
+    def ask(self) -> None:
+        """Send a request, and read all of its answer."""
+        stream = self._state.get_next_available_stream_id()
+        head = {":method": "GET", ":path": "/", ":scheme": "http", ":authority": "benchmark"}
+        self._state.send_headers(stream, list(head.items()), end_stream=True)
+        self.socket.sendall(self._state.data_to_send())
+        while not any(isinstance(event, StreamEnded) for event in self._state.receive_data(self._read())):
+            pass
+        self.socket.sendall(self._state.data_to_send())
+
+    def _read(self) -> bytes:
+        if not (data := self.socket.recv(65536)):
+            raise ConnectionError("closed instead of answered")
+        return data
+
+
 def open_clients(port: int, kind: str, count: int) -> list[socket.socket]:
-    """Open connections: "idle" ones, which have had an answer each, a "websocket" or a "stream"."""
+    """
+    Open connections: "idle" ones, which have had an answer each, or "http2", the same with that.
+
+    Or a "websocket", a "stream", or those that have sent "half" of a head.
+    """
     clients = []
     for _ in range(count):
+        if kind == "http2":
+            (connection := Http2(port)).ask()
+            clients.append(connection.socket)
+            continue
         clients.append(client := connect(port))
         if kind == "websocket":
             ask(client, WEBSOCKET, b"\r\n\r\n")
+        elif kind == "half":
+            client.sendall(HALF)
         else:
             ask(client, STREAM if kind == "stream" else GET)
     return clients

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 PACKAGES = (
     *("aioserve-asgi", "uvicorn", "anyio", "uvloop", "httptools", "h11", "zttp", "websockets"),
-    *("aiohttp", "hypercorn", "h2corn", "granian"),
+    *("aiohttp", "hypercorn", "anycorn", "h2corn", "granian"),
 )
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
 

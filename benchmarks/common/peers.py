@@ -156,7 +156,7 @@ def _start_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 
 def aioserve(*, keep: bool = False, **options: Any) -> Start:
     """
-    `async with serving(app)`, in its two halves; a stream is told of the stop at once.
+    `async with serving(app)`, in its two halves.
 
     Args:
         keep: Whether to keep the connections until the server has stopped. A version whose connections are part of
@@ -168,7 +168,7 @@ def aioserve(*, keep: bool = False, **options: Any) -> Start:
     settings = {"access_log": False, "timeout_keep_alive": KEEP_ALIVE, **options}
 
     async def start() -> Running:
-        block = serving(app, shutdown_timeout=GRACE, disconnect_after=0, **settings)
+        block = serving(app, shutdown_timeout=GRACE, **settings)
         server = await block.__aenter__()
         connections = server.uvicorn.server_state.connections if keep else ()
 
@@ -178,6 +178,43 @@ def aioserve(*, keep: bool = False, **options: Any) -> Start:
             asyncio.get_running_loop().call_soon(kept.clear)
 
         return Running(lambda: server.port or 0, stop if keep else lambda: block.__aexit__(None, None, None))
+
+    return start
+
+
+def aioserve_thread(**options: Any) -> Start:
+    """`start_in_thread()`, in place of the popular snippet."""
+    from aioserve import start_in_thread
+
+    settings = {"access_log": False, "timeout_keep_alive": KEEP_ALIVE, **options}
+
+    async def start() -> Running:
+        server = start_in_thread(app, shutdown_timeout=GRACE, **settings)
+
+        async def stop() -> None:
+            server.stop()
+
+        return Running(lambda: server.port or 0, stop)
+
+    return start
+
+
+def websockets() -> Start:
+    """Its own `serve()`, without HTTP and without a lifespan: for questions about WebSockets."""
+    from websockets.asyncio.server import ServerConnection, serve
+
+    async def read(connection: ServerConnection) -> None:
+        async for _ in connection:
+            pass
+
+    async def start() -> Running:
+        server = await serve(read, HOST, 0, backlog=BACKLOG)
+
+        async def stop() -> None:
+            server.close()
+            await server.wait_closed()
+
+        return Running(lambda: _port(server.sockets[0]), stop)
 
     return start
 
@@ -281,6 +318,37 @@ def hypercorn() -> Start:
             await running
 
         return Running(lambda: int(message.split("://")[1].split(" ")[0].rpartition(":")[2]), stop)
+
+    return start
+
+
+def anycorn() -> Start:
+    """Its `serve()` with a `shutdown_trigger`, and a `task_status` that is told the addresses."""
+    from anycorn import Config, serve
+
+    class Status:
+        def __init__(self) -> None:
+            self.addresses: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+        def started(self, value: Any = None) -> None:
+            self.addresses.set_result(value)
+
+    async def start() -> Running:
+        config = Config()
+        config.bind = [f"{HOST}:0"]
+        config.backlog = BACKLOG
+        config.errorlog = config.accesslog = None
+        config.graceful_timeout = GRACE
+        config.keep_alive_timeout = KEEP_ALIVE
+        status, ask = Status(), asyncio.Event()
+        running = asyncio.create_task(serve(app, config, shutdown_trigger=ask.wait, task_status=status))  # type: ignore[arg-type, unused-ignore]
+        addresses = await status.addresses
+
+        async def stop() -> None:
+            ask.set()
+            await running
+
+        return Running(lambda: int(addresses[0].rpartition(":")[2].rstrip("/")), stop)
 
     return start
 
@@ -426,11 +494,14 @@ PEERS: dict[str, Callable[[], Start]] = {
     "bare": bare,
     "sketch": sketch,
     "aioserve": aioserve,
+    "aioserve, thread": aioserve_thread,
     "aiohttp": aiohttp,
     "aiohttp, app anew": partial(aiohttp, anew=True),
     "hypercorn": hypercorn,
+    "anycorn": anycorn,
     "h2corn": h2corn,
     "granian": granian,
+    "websockets": websockets,
     "uvicorn, task": uvicorn_task,
     "uvicorn, thread": uvicorn_thread,
 }

@@ -64,7 +64,7 @@ async def idle(seconds: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    measuring.more_descriptors(12_000)
+    measuring.more_descriptors(20_000)
     logging.disable()  # of what a peer has had to cancel
     if sys.argv[2] == "uvloop":
         measuring.run(main(sys.argv[1], json.loads(sys.argv[3])), "uvloop")

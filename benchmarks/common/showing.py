@@ -24,8 +24,10 @@ COLUMNS = (
     "aiohttp",
     "aiohttp, app anew",
     "hypercorn",
+    "anycorn",
     "h2corn",
     "granian",
+    "websockets",
     "uvicorn, task",
 )
 ROWS = [
@@ -37,7 +39,9 @@ ROWS = [
     ("stop with 100", "stop_with_clients-asyncio", "stop with 100 idle"),
     ("stop with 5,000", "stop_with_clients-asyncio", "stop with 5000 idle"),
     ("stop with a WebSocket", "stop_with_clients-asyncio", "stop with a WebSocket"),
-    ("stop with a stream", "stop_with_clients-asyncio", "stop with a stream"),
+    ("stop with an event stream", "stop_with_clients-asyncio", "stop with a stream"),
+    ("stop with 100 connections of HTTP/2", "stop_with_clients-asyncio", "stop with 100 HTTP/2"),
+    ("stop with 10,000 that have sent half a head", "stop_with_clients-asyncio", "stop with 10000 half heads"),
     ("start each of 1,000", "many_servers-asyncio", "start each of 1000"),
     ("stop each of 1,000", "many_servers-asyncio", "stop each of 1000"),
 ]
@@ -106,11 +110,19 @@ def tables(results: Results) -> str:
         if not file.startswith("throughput-"):
             continue
         _, http, loop = file.split("-")
-        rates, calls, _ = result["tables"].values()
+        rates, calls, *_ = result["tables"].values()
         cells = [f"{row['ratio']:.2f} ({row['from']:.2f} to {row['to']:.2f})" for row in rates.values()]
+        cells += [""] * (4 - len(cells))  # with HTTP/2, new connections are not counted
         cells.append(f"{calls['aioserve']['Python']} / {calls['uvicorn, task']['Python']}")
         lines.append(f"| {http}, {loop} | " + " | ".join(cells) + " |")
 
+        said = sentences(results)
+    lines += ["", *textwrap.wrap(said, 120), "", *textwrap.wrap(f"Measured with {machine(results)}.", 120)]
+    return "\n".join(lines)
+
+
+def sentences(results: Results) -> str:
+    """What fits into no table."""
     idle = results["idle-asyncio"]["tables"]["idle, each second"]
     ours_wakes, theirs_wake = (
         idle[name]["switches"] - idle["bare"]["switches"] for name in ("aioserve", "uvicorn, task")
@@ -128,8 +140,27 @@ def tables(results: Results) -> str:
     ]
     if "pytest -> plugin" in imports:
         said.append(f"Importing the pytest plugin takes {imports['pytest -> plugin']['median']:.1f} ms.")
-    lines += ["", *textwrap.wrap(" ".join(said), 120), "", *textwrap.wrap(f"Measured with {machine(results)}.", 120)]
-    return "\n".join(lines)
+    slow = results["idle-asyncio"]["tables"]["with clients that have sent half a head, each second"]
+    cost = slow["aioserve"]["cpu, ms"]
+    said.append(f"10,000 clients that have sent half a head cost it {cost:.1f} ms of processor time a second.")
+    warm = results["start_stop-asyncio"]["tables"]["start and stop"]
+    ours, popular = (warm[name]["median"] for name in ("aioserve, thread", "uvicorn, thread"))
+    said.append(
+        f"`start_in_thread()` and `stop()` take {time(ours)}, `uvicorn.Server.run()` in a thread {time(popular)}."
+    )
+    restarts = next(iter(results["restarts"]["tables"].values()))["overlapping"]
+    said.append(
+        f"When the next server takes half a second to start and listens on the same port (`reuse_port`), "
+        f"no client waits longer than {time(restarts['longest'])}, and {restarts['unanswered'] + restarts['broken']} "
+        f"of {restarts['answered']:,} requests are lost."
+    )
+    session = next(iter(results["fixtures"]["tables"].values()))
+    ratios = [session[name]["ratio"] for name in ("aioserve", "aioserve, not raising")]
+    said.append(
+        f"1,000 tests with a real server each take {ratios[0]:.2f} times as long as with a fake transport, "
+        f"and {ratios[1]:.2f} times with `raise_app_exceptions=False`."
+    )
+    return " ".join(said)
 
 
 def _cell(name: str, row: Any, ours: Any, wrong: Mapping[str, int]) -> str:
@@ -203,8 +234,7 @@ def picture(results: Results) -> str:
             f'<text x="{x(median) + 11:.1f}" y="{y + 12}">{time(median)} · {ratio}</text></g>'
         )
     versions = results["start_stop-asyncio"]["versions"]
-    said = ", ".join(
-        f"{name} {versions[name]}" for name in ("python", "uvicorn", "aiohttp", "hypercorn", "h2corn", "granian")
-    )
+    shown = ("python", "uvicorn", "aiohttp", "hypercorn", "anycorn", "h2corn", "granian")
+    said = ", ".join(f"{name} {versions[name]}" for name in shown)
     parts.append(f'<text class="small" x="{left}" y="{bottom + 34}">{escape(said)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
