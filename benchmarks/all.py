@@ -1,7 +1,7 @@
 """
 Ask all the questions, and write the answers into the page on speed and its picture.
 
-    python benchmarks/all.py                 measure everything, which takes three quarters of an hour on a quiet machine
+    python benchmarks/all.py                 measure everything, which takes an hour on a quiet machine
     python benchmarks/all.py --again         write the figures and the picture from what was measured last
     python benchmarks/all.py --rounds 5      see whether all of it runs, in a few minutes; nothing is kept
 
@@ -46,6 +46,7 @@ RUNS = {
     "fixtures": ["fixtures.py"],
 }
 NOT_IN_QUICK = ("stop_with_clients-uvloop", "many_servers-uvloop", "cycles-uvloop")
+SMALLER = {"many_servers-asyncio": ["--servers", "100"], "fixtures": ["--tests", "100"]}
 
 
 def measure(folder: Path, rounds: int | None) -> list[str]:
@@ -54,7 +55,9 @@ def measure(folder: Path, rounds: int | None) -> list[str]:
     commands = {name: [*run, "--json", str(folder / f"{name}.json")] for name, run in RUNS.items()}
 
     if rounds is not None:
-        commands = {name: command for name, command in commands.items() if name not in NOT_IN_QUICK}
+        commands = {
+            name: [*command, *SMALLER.get(name, [])] for name, command in commands.items() if name not in NOT_IN_QUICK
+        }
     failed = []
     for name, (script, *rest) in commands.items():
         print(f"\n=== {name}", flush=True)

@@ -23,24 +23,25 @@ from common import children, clients, measuring
 
 NAMES = ("bare", "aioserve", "aiohttp", "hypercorn", "anycorn", "h2corn", "granian", "uvicorn, task")
 SECONDS = 2.0
+QUICK_SECONDS = 0.5  # with fewer than 5 rounds
 
 
-def summary(measured: list[dict[str, float]]) -> dict[str, float]:
+def summary(measured: list[dict[str, float]], seconds: float) -> dict[str, float]:
     """The medians, for a second."""
     units = {"turns": 1, "switches": 1, "cpu": 1000}
     return {
-        f"{name}, ms" if unit > 1 else name: statistics.median(each[name] for each in measured) / SECONDS * unit
+        f"{name}, ms" if unit > 1 else name: statistics.median(each[name] for each in measured) / seconds * unit
         for name, unit in units.items()
     }
 
 
-def with_slow_clients(name: str, loop: str, count: int, rounds: int) -> list[dict[str, float]]:
+def with_slow_clients(name: str, loop: str, count: int, rounds: int, seconds: float) -> list[dict[str, float]]:
     """Count, while so many clients do not send the other half."""
     with children.serve(name, loop=loop) as child:
         opened = clients.open_clients(child.ask("start"), "half", count)
         try:
             time.sleep(1)
-            return [child.ask({"idle": SECONDS}) for _ in range(rounds)]
+            return [child.ask({"idle": seconds}) for _ in range(rounds)]
         finally:
             clients.hang_up(opened)
 
@@ -48,6 +49,8 @@ def with_slow_clients(name: str, loop: str, count: int, rounds: int) -> list[dic
 def main(arguments: Any) -> int:
     """Return whether the servers of ours woke up."""
     report = measuring.Report(__file__, arguments)
+    quick = arguments.rounds < 5
+    seconds = QUICK_SECONDS if quick else SECONDS
     everybody = {name: children.serve(name, loop=arguments.loop) for name in NAMES}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     for child in everybody.values():
@@ -55,19 +58,22 @@ def main(arguments: Any) -> int:
     time.sleep(0.5)
     for _ in range(arguments.rounds):
         for child in everybody.values():
-            child.tell({"idle": SECONDS})
+            child.tell({"idle": seconds})
         for name, child in everybody.items():
             figures[name].append(child.answer())
     for child in everybody.values():
         child.ask("stop")
         child.__exit__(None, None, None)
 
-    rows = {name: summary(measured) for name, measured in figures.items()}
+    rows = {name: summary(measured, seconds) for name, measured in figures.items()}
     for row in rows.values():
         row["turns beyond bare"] = row["turns"] - rows["bare"]["turns"]
     report.table("idle, each second", rows)
-    count = 10_000 if arguments.rounds >= 5 else 1000
-    slow = {name: summary(with_slow_clients(name, arguments.loop, count, arguments.rounds)) for name in NAMES}
+    count = 1000 if quick else 10_000
+    slow = {
+        name: summary(with_slow_clients(name, arguments.loop, count, arguments.rounds, seconds), seconds)
+        for name in NAMES
+    }
     report.table("with clients that have sent half a head, each second", slow)
     report.write()
     return int(rows["aioserve"]["turns beyond bare"])

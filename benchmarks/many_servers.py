@@ -108,12 +108,12 @@ def main(arguments: Any) -> None:
     """Measure all."""
     report = measuring.Report(__file__, arguments)
     starting, stopping = measuring.run(times(arguments.rounds, arguments.servers), arguments.loop)
-    report.times(f"start each of {arguments.servers}", starting, unit="µs")
-    report.times(f"stop each of {arguments.servers}", stopping, unit="µs")
+    report.times("start each of many", starting, unit="µs")
+    report.times("stop each of many", stopping, unit="µs")
     rows = {name: weigh_apart(name, arguments.servers, arguments.loop) for name in WEIGHED}
     for row in rows.values():
         row["x uvicorn's"] = row["traced, KiB"] / rows["uvicorn's objects"]["traced, KiB"]
-    report.table(f"memory of each of {arguments.servers}", rows)
+    report.table("memory of each of many", rows)
     report.write()
 
 

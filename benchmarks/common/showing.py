@@ -42,8 +42,8 @@ ROWS = [
     ("stop with an event stream", "stop_with_clients-asyncio", "stop with a stream"),
     ("stop with 100 connections of HTTP/2", "stop_with_clients-asyncio", "stop with 100 HTTP/2"),
     ("stop with 10,000 that have sent half a head", "stop_with_clients-asyncio", "stop with 10000 half heads"),
-    ("start each of 1,000", "many_servers-asyncio", "start each of 1000"),
-    ("stop each of 1,000", "many_servers-asyncio", "stop each of 1000"),
+    ("start each of 1,000", "many_servers-asyncio", "start each of many"),
+    ("stop each of 1,000", "many_servers-asyncio", "stop each of many"),
 ]
 
 
@@ -91,7 +91,7 @@ def tables(results: Results) -> str:
         wrong = results[file]["tables"].get(f"went wrong in a {question.replace(' idle', '')}", {})
         cells = [_cell(name, row.get(name), ours, wrong.get(name, {})) for name in COLUMNS]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    weights = results["many_servers-asyncio"]["tables"]["memory of each of 1000"]
+    weights = results["many_servers-asyncio"]["tables"]["memory of each of many"]
     ours_weighs = weights["aioserve"]["traced, KiB"]
     cells = [
         f"**1** ({_digits(ours_weighs)} KiB)"
