@@ -38,7 +38,10 @@ ONLY = {
     "idle": set(NAMES) - {"websockets"},
     "half": set(NAMES) - {"websockets"},
 }
-HTTP2 = {"aioserve": {"http2": True, "http": "zttp"}, "uvicorn, task": {"http2": True, "http": "zttp"}}
+HTTP2: dict[str, dict[str, Any]] = {
+    "aioserve": {"http2": True, "http": "zttp"},
+    "uvicorn, task": {"http2": True, "http": "zttp"},
+}
 LIMIT = peers.GRACE + 0.5
 
 

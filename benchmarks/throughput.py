@@ -111,7 +111,7 @@ def of_processes(ratios: list[float]) -> list[list[float]]:
     return [ratios[first : first + PAIRS_PER_PROCESS] for first in range(0, len(ratios), PAIRS_PER_PROCESS)]
 
 
-async def count_calls(make: Any, requests: int, *, kept_alive: bool, http2: bool) -> dict[str, dict[str, int]]:
+async def count_calls(make: Any, requests: int, *, kept_alive: bool, http2: bool = False) -> dict[str, dict[str, int]]:
     """Return the calls of a request, by name: of Python's functions, and of C's."""
     running = await make()()
     port = running.port()
@@ -198,7 +198,8 @@ def main(arguments: Any) -> int:
     if arguments.http != HTTP2:
         count(report, arguments, kept_alive=False)
     report.write()
-    return max(0, beyond - (arguments.http == HTTP2))  # one counts the streams of a connection
+    # With HTTP/2, one counts the streams of a connection.
+    return max(0, beyond - 1 if arguments.http == HTTP2 else beyond)
 
 
 def beyond(ours: dict[str, dict[str, int]], theirs: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
