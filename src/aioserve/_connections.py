@@ -75,7 +75,7 @@ class Connections:
         self.has_more_requests: Callable[[Any], bool] = self._closer.has_more_requests
         self._header_timeout = settings.header_timeout
         self._has_http2 = hasattr(config.http_protocol_class, "alpn_protocols")
-        self._watched: set[asyncio.Task[Any]] = set()  # handlers whose end is noticed
+        self._watched: dict[asyncio.Task[Any], Any] = {}  # handlers whose end is noticed, and their scopes
         self._background: set[asyncio.Task[Any]] = set()
         self._soon = OnceSoon(self._loop)
 
@@ -108,7 +108,7 @@ class Connections:
 
     def unfinished(self) -> Iterator[tuple[asyncio.Task[Any], UnfinishedHandler]]:
         for task in tuple(self.state.tasks):
-            yield task, unfinished_handler(protocols.scope_of(task), task)
+            yield task, unfinished_handler(protocols.scope_of(task) or self._watched.get(task, {}), task)
 
     # The steps of a stop.
 
@@ -272,14 +272,13 @@ class Connections:
 
     def _watch_handlers(self) -> None:
         """Notice the ends of the handlers that there are now."""
-        handlers = self.handlers()
-        for task in handlers - self._watched:
+        for task in self.handlers() - self._watched.keys():
             task.add_done_callback(self._handler_done)
-        self._watched |= handlers
+            self._watched[task] = protocols.scope_of(task)
         self._condition.notify()  # one may have ended before it was watched
 
     def _handler_done(self, task: asyncio.Task[Any]) -> None:
-        self._watched.discard(task)
+        self._watched.pop(task, None)
         if self._has_tls and self._closing:
             for connection in list(self.state.connections):
                 self._closer.see_off(connection)

@@ -28,7 +28,7 @@ class Work(Protocol):
 
     def is_finished(self) -> bool: ...
     def handlers(self) -> Collection[Any]: ...
-    def unfinished(self) -> Iterable[tuple[Any, UnfinishedHandler]]: ...  # each with the handler, which has done()
+    def unfinished(self) -> Iterable[tuple[Any, UnfinishedHandler]]: ...  # each with the handler: a task or its like
     def disconnect_handlers(self) -> None: ...
     def cancel(self, handler: Any) -> None: ...
     def abort_connections(self) -> int: ...
@@ -97,7 +97,11 @@ async def finish(
 
     # Force.
     cancelling = _Cancelling(work)
-    report = Report(disconnected=tuple(description for handler, description in late if handler.done()))
+    ended = [(each, bool(handler.cancelling())) for handler, each in late if handler.done()]
+    report = Report(disconnected=tuple(each for each, cancelled in ended if not cancelled))
+    report.cancelled = tuple(
+        each for each, cancelled in ended if cancelled
+    )  # by asyncio.run(), which cancels all tasks
     if not work.is_finished():
         until = loop.time() + _limits.CANCELLED_HANDLERS
         while cancelling.has_more() and loop.time() < until:
@@ -108,7 +112,7 @@ async def finish(
         report.aborted = work.abort_connections()
         cancelling.cancel()
         await condition.turns(_limits.SETTLING_TURNS)
-        report.cancelled = cancelling.descriptions()
+        report.cancelled += cancelling.descriptions()
     if report.was_forced:
         logger.warning("%s%s", report.summary(name), _advice(report, advice))
     return report

@@ -173,6 +173,9 @@ class _Call:
     def done(self) -> bool:
         return self.is_done
 
+    def cancelling(self) -> int:
+        return self.task.cancelling()
+
     async def run(self, app: ASGIApp) -> None:
         until_cancelled = asyncio.timeout(None)
         try:

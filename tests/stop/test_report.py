@@ -24,6 +24,7 @@ from starlette.routing import Mount, Route
 
 from aioserve import Swappable, UnfinishedHandler, serving
 from tests.helpers.apps import App
+from tests.helpers.turns import turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
 
@@ -230,3 +231,30 @@ async def test_app_without_a_framework_is_named_by_its_line() -> None:
     assert (handler.route, handler.endpoint) == (None, None)
     assert handler.line is not None
     assert re.fullmatch(r"App\.request \(.*apps\.py:\d+\)", handler.line)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["handler first", "server first"])
+async def test_handler_that_is_cancelled_together_with_its_server_is_named(*, first: bool) -> None:
+    """As by `asyncio.run()` at a second Ctrl+C: it may have ended when the server looks."""
+    begun = asyncio.Event()
+
+    async def hold(request: Request) -> Response:
+        await hang(begun)
+        return Response()
+
+    before = asyncio.all_tasks()
+    async with serving(Starlette(routes=[Route("/hold", hold)]), shutdown_timeout=None) as server:
+        servers = asyncio.all_tasks() - before
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /hold HTTP/1.1\r\nhost: test\r\n\r\n")
+        await begun.wait()
+        handlers = asyncio.all_tasks() - before - servers
+        server.close()
+        await turns()  # so that the stop waits for the handler
+        for task in [*handlers, *servers] if first else [*servers, *handlers]:
+            task.cancel()
+        await server.wait_closed()
+        writer.transport.abort()
+    assert server.report is not None
+    assert server.report.disconnected == ()
+    assert [(each.method, each.path) for each in server.report.cancelled] == [("GET", "/hold")]
