@@ -5,33 +5,33 @@ The exit contract, which is what the rest of this package is for. The documentat
 compares them.
 
 1. A start that fails raises before the body runs, and leaves nothing behind. A busy port, an unknown host or a missing
-   certificate raises the system's own `OSError`, before the app runs; if another program begins to listen on the port
-   while the app starts, the app is shut down first. An app that cannot be imported or started raises `StartupError`,
-   whose `__cause__` is the app's own exception. A startup that takes longer than `startup_timeout` is cancelled, and
-   raises `StartupTimeoutError`.
+   certificate raises the system's own `OSError`, before the app runs. If another program begins to listen on the port
+   while the app starts, the app is shut down before the `OSError` is raised. An app that cannot be imported or started
+   raises `StartupError`, whose `__cause__` is what the app or its import raised. A startup that takes longer than
+   `startup_timeout` is cancelled, and raises `StartupTimeoutError`.
 2. The exception of the body comes out unchanged. It is the same object, not in a group, and it is raised after a
-   graceful stop. A body that returns is followed by the same stop.
+   graceful stop. If the body returns normally, the server stops in the same way.
 3. A server that crashes cancels the body and raises `ServerCrashedError`. A server crashes when the app's lifespan
-   raises before it was told to shut down, also if the body has just ended; `__cause__` is what the lifespan raised. An
+   raises before it is told to shut down, even if the body has just ended; `__cause__` is what the lifespan raised. An
    exception in a request handler is not a crash: the client gets a 500. The task that entered `serving()` is cancelled,
-   as by `asyncio.TaskGroup`. If something else cancelled it as well, that cancellation is raised, and the crash is
-   logged. A server from `start()` cancels no task: the crash is logged, and `wait_closed()` and `aclose()` raise it. A
-   lifespan that fails at its shutdown, or takes too long, raises `ShutdownError`.
+   as `asyncio.TaskGroup` does it. If that task was also cancelled from elsewhere, the `CancelledError` is raised, and
+   the crash is logged. A server from `start()` cancels no task: the crash is logged, and `wait_closed()` and `aclose()`
+   raise it. A lifespan that fails at its shutdown, or takes too long, raises `ShutdownError`.
 4. A call of `close()` stops the server, and the body continues. It may come from a handler, another task or another
    thread. Await `server.wait_closed()` in the body to end it together with the server.
-5. If body and server both fail, the exception of the body is raised. That of the server is added to it as a note, and
-   logged.
+5. If body and server both fail, the exception of the body is raised. The server's exception is added to it as a note,
+   and logged.
 6. A cancellation from outside is raised once, after a graceful stop. First the `finally` blocks of the body run, while
-   its server still answers. Then the server stops within its timeouts, which the cancellation does not shorten. A
-   second `Task.cancel()` forces the stop: handlers are cancelled at once, but still awaited.
-7. A stop signal ends the block normally, if `stop_on_signals` asks for it. The body is cancelled; `serve()` returns; a
-   server from `start()` closes. All servers that asked for the signal end. A second signal forces the stop, and cancels
-   what is left of the body once more. Before the body has begun, the start raises `StartupInterruptedError`; `serve()`
-   returns instead, unless a `task_group.start()` waits for it. The previous signal handlers are restored. By default,
-   no signal is touched.
+   its server still answers. Then the server stops; the cancellation does not shorten its timeouts. A second
+   `Task.cancel()` forces the stop: handlers are cancelled at once, but still awaited.
+7. A stop signal ends the block normally, if `stop_on_signals` asks for it. With `serving()`, the body is cancelled.
+   With `serve()`, the call returns. With `start()`, the server closes. All servers with this option stop. A second
+   signal forces the stop, and cancels the body again if it is still running. Before the body has begun, the start
+   raises `StartupInterruptedError`; `serve()` returns instead, unless it was called by `task_group.start()`, which
+   raises. The previous signal handlers are restored. By default, no signal is touched.
 8. After the block, nothing is left. No task, timer, socket or signal handler of the server remains, and the port can be
-   bound again, also if a forked process lives on. Only a handler or a lifespan that ignores its cancellation continues,
-   and the `report` names it.
+   bound again, even if a forked process is still running. Only a handler or a lifespan that ignores its cancellation
+   continues, and the `report` names it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 How a server stops, from the call of `close()` to the last line. The documentation repeats these phases, and a test
 compares them.
 
-    asked            `stopping` is set; from here on, HTTP/1 responses say `connection: close`
+    asked            `stopping` is set; from here on, HTTP/1 responses have the header `connection: close`
     drain            for `drain_delay`, the server still accepts connections
     stop accepting   connections that wait in the kernel's queue are accepted, then the listeners close; idle
                      connections close
-    settle           requests that have arrived are read
+    settle           data that has already arrived is read and parsed
     finish           requests in flight are answered, within `shutdown_timeout`; WebSockets are closed with 1012, and
                      handlers of event streams get `http.disconnect`
     disconnect       after `disconnect_after`, or when the `shutdown_timeout` is over, other handlers that wait in

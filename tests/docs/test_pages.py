@@ -137,7 +137,7 @@ def test_each_example_is_shown_by_a_page() -> None:
 def test_names_in_the_documentation_are_public() -> None:
     """Every error that it mentions, and each public name is on a page of the reference."""
     known = set(aioserve.__all__) | {name for name in dir(builtins) if name.endswith("Error")}
-    others = {"LookupError", "HTTPError", "SSLError", "ConnectError", "UsageError"}
+    others = {"CancelledError", "LookupError", "HTTPError", "SSLError", "ConnectError", "UsageError"}
     for page in pages():
         assert set(re.findall(r"`(\w+Error)`", page.prose())) <= known | others, page.name
     reference = "".join(page.text for page in pages() if page.name.startswith("docs/reference/"))

@@ -60,10 +60,10 @@ IN_THE_WAY = {
     "a regular file": (regular_file, "not a socket; it was left unchanged"),
     "a directory": (lambda path, stack: os.mkdir(path), "not a socket; it was left unchanged"),
     "a pipe": (lambda path, stack: os.mkfifo(path), "not a socket; it was left unchanged"),
-    "a link to nothing": (link_to(None), "not a socket; it was left unchanged"),
-    "a link to a file": (link_to(regular_file), "not a socket; it was left unchanged"),
-    "a link to a stale socket": (link_to(stale), "not a socket; it was left unchanged"),
-    "a link to a live server": (link_to(alive), "not a socket; it was left unchanged"),
+    "a link to nothing": (link_to(None), "a link; it was left unchanged"),
+    "a link to a file": (link_to(regular_file), "a link; it was left unchanged"),
+    "a link to a stale socket": (link_to(stale), "a link; it was left unchanged"),
+    "a link to a live server": (link_to(alive), "a link; it was left unchanged"),
 }
 
 

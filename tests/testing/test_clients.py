@@ -106,6 +106,16 @@ class TestAClient:
                     assert type(client) is client_class
                     assert (await client.get("/")).text == "hello"
 
+    async def test_client_of_httpx_says_who_has_websockets_and_event_streams(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "httpx2", None)
+        async with testing.client(App()) as client:
+            for name in ("websocket", "sse"):
+                with pytest.raises(AttributeError, match=rf"no {name}\(\); httpx2 has one: pip install"):
+                    getattr(client, name)
+            assert not hasattr(client, "other")
+
     async def test_client_without_httpx_and_httpx2_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The one that the extra installs."""
         monkeypatch.setitem(sys.modules, "httpx", None)

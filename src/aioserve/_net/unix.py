@@ -148,7 +148,8 @@ def listen(sock: socket.socket, path: str, mode: int, backlog: int) -> SocketFil
 def _find_socket(path: str) -> os.stat_result:
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(errno.EADDRINUSE, "the file there is not a socket; it was left unchanged")
+        what = "a link" if stat.S_ISLNK(found.st_mode) else "not a socket"
+        raise OSError(errno.EADDRINUSE, f"the file there is {what}; it was left unchanged")
     return found
 
 

@@ -115,6 +115,7 @@ OWN_OPTIONS: list[click.Parameter] = [
         for name, default in TIMEOUTS.items()
     ),
     _option("--cancel-on-disconnect", is_flag=True),
+    _option("--http2", is_flag=True),
     click.Option(
         ["--ready-fd"],
         metavar="NUMBER",

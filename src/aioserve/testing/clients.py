@@ -114,8 +114,7 @@ def make_client(
 ) -> Any:
     """Return a client for a server, with the options of `client()`."""
     __tracebackhide__ = True
-    client_class = client_class or _import("httpx2", "httpx").AsyncClient
-    assert client_class is not None
+    client_class = client_class or _default_client_class()
     base = next(each for each in client_class.__mro__ if each.__name__ == "AsyncClient")
     module = import_module(base.__module__.partition(".")[0])
     for name in options.keys() & Options.__optional_keys__ - inspect.signature(base).parameters.keys():
@@ -134,6 +133,19 @@ def make_client(
     if raise_app_exceptions and isinstance(transport, module.AsyncHTTPTransport):
         transport = RaisingTransport(transport, module, server)
     return client_class(**{"base_url": url, "trust_env": False, **options, "transport": transport})
+
+
+def _default_client_class() -> Any:
+    module = _import("httpx2", "httpx")
+    if module.__name__ == "httpx2":
+        return module.AsyncClient
+
+    class ClientOfHttpx(module.AsyncClient):  # type: ignore[misc, name-defined]
+        def __getattr__(self, name: str) -> Any:
+            also = "; httpx2 has one: pip install 'aioserve-asgi[testing]'" if name in ("sse", "websocket") else ""
+            raise AttributeError(f"httpx's client has no {name}(){also}", name=name, obj=self)
+
+    return ClientOfHttpx
 
 
 @functools.cache
