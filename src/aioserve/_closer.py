@@ -41,6 +41,7 @@ class Closer:
     _is_dropping: bool = False  # whatever is left is dropped
 
     def __init__(self, acceptor: Acceptor, *, has_tls: bool, on_change: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._acceptor = acceptor
         self._has_tls = has_tls
         self._on_change = on_change
@@ -114,7 +115,7 @@ class Closer:
         protocols.close_gracefully(connection)
         self.see_off(connection)
         if self._is_dropping and self._has_tls and self._acceptor.is_portable:  # its last words may not be sent yet
-            after_turns(_limits.SETTLING_TURNS, self._acceptor.raw_transport(connection.transport).abort)
+            after_turns(self._loop, _limits.SETTLING_TURNS, self._acceptor.raw_transport(connection.transport).abort)
         return True
 
     def close_late(self, connection: Any) -> None:
@@ -126,13 +127,13 @@ class Closer:
 
     def _wait_for_request(self, connection: Any, seconds: float) -> None:
         if self._graces is None:
-            self._graces = GracePeriods(on_expired=self._expired)
+            self._graces = GracePeriods(self._loop, on_expired=self._expired)
         self._graces.begin(connection, seconds)
 
     def _expired(self, connection: Any) -> None:
         if self._acceptor.is_portable:
             # What has just arrived is read, and known, in the next turns.
-            after_turns(_limits.SETTLING_TURNS, partial(self.close_partial, connection))
+            after_turns(self._loop, _limits.SETTLING_TURNS, partial(self.close_partial, connection))
         elif not self.close_partial(connection) and self.unread(connection):
             self._wait_for_request(connection, _limits.PARTIAL_REQUEST)  # something has just come
 
@@ -152,14 +153,13 @@ class Closer:
     def watch_handshakes(self) -> None:
         """Drop the TLS handshakes that do not move."""
         if self._acceptor.pending and self._handshake_timer is None:
-            loop = asyncio.get_running_loop()
-            self._handshake_timer = loop.call_later(_limits.TLS_HANDSHAKE, self._look_at_handshakes)
+            self._handshake_timer = self._loop.call_later(_limits.TLS_HANDSHAKE, self._look_at_handshakes)
 
     def _look_at_handshakes(self) -> None:
         self._handshake_timer = None
         if self._acceptor.pending:
             left = self._acceptor.drop_silent(_limits.TLS_HANDSHAKE)
-            self._handshake_timer = asyncio.get_running_loop().call_later(left, self._look_at_handshakes)
+            self._handshake_timer = self._loop.call_later(left, self._look_at_handshakes)
 
     # The end of a connection that is closing.
 
@@ -204,7 +204,7 @@ class Closer:
         # asyncio's transport for Windows shuts both directions down when it closes.
         if not (self._is_dropping or self._acceptor.is_portable):
             if self.lingering is None:
-                self.lingering = LingeringSockets(on_end=self._on_change)
+                self.lingering = LingeringSockets(self._loop, on_end=self._on_change)
             self.lingering.begin(raw, seconds)
 
     def removed(self, connection: Any) -> None:
@@ -223,7 +223,8 @@ class Closer:
         # Not TLS's own abort(): closed twice, a TLS transport cannot abort any more (CPython 3.11 to 3.15).
         raw = self._acceptor.raw_transport(connection.transport)
         if self._acceptor.is_portable and connection.transport.is_closing():
-            after_turns(2, raw.abort)  # the loop has begun to send the answer, and sends the rest of it in two turns
+            # The loop has begun to send the answer, and sends the rest of it in two turns.
+            after_turns(self._loop, 2, raw.abort)
         else:
             raw.abort()
 
@@ -246,7 +247,8 @@ class Closer:
 class GracePeriods:
     """The connections from which a request may still come; for those whose time is over, a function is called."""
 
-    def __init__(self, *, on_expired: Callable[[Any], object]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, on_expired: Callable[[Any], object]) -> None:
+        self._loop = loop
         self._on_expired = on_expired
         self._timers: dict[Any, asyncio.TimerHandle] = {}
 
@@ -272,7 +274,7 @@ class GracePeriods:
             self._set_timer(connection, _limits.PARTIAL_REQUEST)
 
     def _set_timer(self, connection: Any, seconds: float) -> None:
-        self._timers[connection] = asyncio.get_running_loop().call_later(seconds, self._expire, connection)
+        self._timers[connection] = self._loop.call_later(seconds, self._expire, connection)
 
     def _expire(self, connection: Any) -> None:
         del self._timers[connection]

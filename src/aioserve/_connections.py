@@ -67,8 +67,7 @@ class Connections:
             on_change=condition.notify,
         )
         self.acceptor.handlers = self.state.tasks
-        self._loop = asyncio.get_running_loop()
-        self._condition = condition
+        self._condition, self._loop = condition, condition.loop
         self._has_tls = config.ssl is not None
         self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
@@ -187,7 +186,7 @@ class Connections:
         pass_on_interrupts(cycle)
         is_stream = cycle.response_started and is_event_stream(cycle.scope)
         if self._disconnecting or is_stream:
-            disconnect(cycle, self._closer.may_have_unread, end_response=is_stream)
+            disconnect(cycle, self._loop, self._closer.may_have_unread, end_response=is_stream)
 
     def cancel(self, handler: asyncio.Task[Any]) -> None:
         self._watch_handlers_soon()
@@ -227,7 +226,7 @@ class Connections:
             # It was accepted in the last moment, or has just been upgraded: to a WebSocket that the app may accept.
             grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
             turns = 1 if protocols.is_http(connection) else 1 + _limits.SETTLING_TURNS
-            after_turns(turns, functools.partial(self._close_if_unneeded, connection, grace=grace))
+            after_turns(self._loop, turns, functools.partial(self._close_if_unneeded, connection, grace=grace))
             self._watch_handlers_soon()
 
     def connection_removed(self, connection: Any) -> None:
@@ -250,7 +249,8 @@ class Connections:
             self._condition.notify()
 
     def make_heads(self) -> HeadTimeout | None:
-        return None if self._header_timeout is None else HeadTimeout(self._header_timeout, self._closer.close_late)
+        seconds = self._header_timeout
+        return None if seconds is None else HeadTimeout(self._loop, seconds, self._closer.close_late)
 
     def retire(self, connection: Any) -> int:
         """Let a connection close when it has answered; return how many handlers it has."""

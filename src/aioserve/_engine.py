@@ -131,9 +131,9 @@ class Engine(ServerTask):
         answer()
 
     def _ended(self, _: object) -> None:
-        """Close also where the task was cancelled before its first step, so that it never ran."""
+        """Close also where the task was cancelled before its first step, so that it never ran, or has failed twice."""
         if not self.closed.is_set():
-            self.error = StartupError("the server's own task was cancelled before it had begun")
+            self.error = self.error or StartupError("the server's own task was cancelled before it had begun")
             self._clean_up()
 
     def _note_crash(self, what: str, cause: BaseException | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,7 +65,7 @@ async def finish(
     `None` is no limit, and they count from now, or from `since` in the loop's time. With `is_expired`, the budget can
     be cut short; `deadline` says when that will be.
     """
-    loop = asyncio.get_running_loop()
+    loop = condition.loop
     since = loop.time() if since is None else since
 
     def time_left(limit: float | None) -> float | None:

@@ -20,7 +20,8 @@ class HeadTimeout:
     up to two intervals.
     """
 
-    def __init__(self, seconds: float, close: Callable[[Any], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, close: Callable[[Any], None]) -> None:
+        self._loop = loop
         self.interval: float = min(1.0, max(seconds, _limits.SHORTEST_LOOK))
         self._seconds = seconds
         self._close = close
@@ -28,8 +29,7 @@ class HeadTimeout:
         self._late: list[Any] = []
 
     def look(self, connections: Iterable[Any]) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         waiting = {}
         is_closing = bool(self._late)
         for connection in connections:
@@ -54,7 +54,7 @@ class HeadTimeout:
             if not connection.transport.is_closing() and protocols.awaited_head(connection) is not None:
                 self._close(connection)
         if self._late:
-            asyncio.get_running_loop().call_soon(self._close_some)
+            self._loop.call_soon(self._close_some)
 
     def forget(self, connection: Any) -> None:
         """Hold no connection that is gone until the next look."""

@@ -126,7 +126,7 @@ class Lifespan:
             return
         if not self.is_over:
             self._shutdown.set()
-            time = asyncio.get_running_loop().time
+            time = self._condition.loop.time
             grace = _limits.LIFESPAN_GRACE
             bound = None if timeout is None else max(timeout, grace)
 

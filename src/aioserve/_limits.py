@@ -27,6 +27,7 @@ ACTIVE = 0.1  # since a WebSocket's last message, for it to count as one whose c
 TRIED_ACCEPT = 5.0  # for a loop to accept a connection from itself, when it is tried what it can do
 LOOK_FOR_CTRL_C = 0.1  # until Python handles a Ctrl+C that comes while it waits for a thread, on Windows
 LOOK_AT_FLUSH = 0.02  # until the next look at a closing TLS connection, on loops that cannot watch a socket
+LOOK_AT_THREADS = 0.02  # until the next look at threads that are ending, in a check for leaks
 ACCEPT_RETRY = 1.0  # until the next accept() when one failed, for example because no descriptor is left
 CHILD_EXIT = 1.0  # for a child process to exit when its server has stopped, and to react when it is forced
 ORPHAN_SHUTDOWN = 10.0  # the shutdown timeout of a child whose parent has died, if its own is unlimited

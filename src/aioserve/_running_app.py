@@ -245,7 +245,7 @@ class _Call:
         A WebSocket that is not accepted within a few turns of the loop is refused with 503.
         """
         if not self._retired and self.scope["type"] == "websocket":
-            after_turns(_limits.SETTLING_TURNS, self._refuse_websocket)
+            after_turns(self.task.get_loop(), _limits.SETTLING_TURNS, self._refuse_websocket)
         self._retired = True
         if self._is_open and is_event_stream(self.scope):
             self.disconnect()
@@ -258,7 +258,8 @@ class _Call:
             self._close(self._refuse())
 
     def _close(self, sending: Awaitable[None]) -> None:
-        self._closing = asyncio.get_running_loop().create_task(self._send_last(sending), name="aioserve websocket")
+        sending_last = self._send_last(sending)
+        self._closing = self.task.get_loop().create_task(sending_last, name="aioserve websocket")
         self.disconnect()
 
     async def _end_stream(self) -> None:

@@ -110,10 +110,10 @@ class OnceSoon:
         act(argument)
 
 
-def after_turns(count: int, callback: Callable[[], object]) -> None:
-    """Call a function after a number of turns of the running loop."""
+def after_turns(loop: asyncio.AbstractEventLoop, count: int, callback: Callable[[], object]) -> None:
+    """Call a function after a number of turns of the loop."""
     if count:
-        asyncio.get_running_loop().call_soon(after_turns, count - 1, callback)
+        loop.call_soon(after_turns, loop, count - 1, callback)
     else:
         callback()
 
@@ -131,6 +131,8 @@ class Condition:
     """
 
     def __init__(self) -> None:
+        # asyncio may not know it later: qasync lets tasks take steps when Qt has ended the loop.
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.forced: bool = False
         self._changed = False
         self._sleeper: asyncio.Future[None] | None = None
@@ -176,7 +178,7 @@ class Condition:
                 if is_over():
                     return predicate()
                 await self._sleep(_turn())
-            timer = asyncio.get_running_loop().call_later(timeout, expire)
+            timer = self.loop.call_later(timeout, expire)
 
         try:
             while True:
@@ -184,7 +186,7 @@ class Condition:
                 self._changed = False
                 if is_over():
                     break
-                self._sleeper = asyncio.get_running_loop().create_future()
+                self._sleeper = self.loop.create_future()
                 if not self._changed:
                     await self._sleep(self._sleeper)
         finally:
@@ -213,7 +215,7 @@ class SlowStop:
         self._condition = condition
         self._name = name
         self._advice = advice
-        self._time = asyncio.get_running_loop().time
+        self._time = condition.loop.time
         self._since = self._time()
 
     async def wait_for(

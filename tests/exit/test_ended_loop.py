@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -143,6 +144,51 @@ def test_server_says_that_its_loop_was_closed(
     assert logged(caplog) == [LOGGED.replace("\\", "").format(server.url, LOST)]
     with socket.socket() as client:
         assert client.connect_ex((server.host, server.port)) != 0
+
+
+# Its tasks take steps although asyncio knows no running loop, as qasync lets them when Qt has ended the loop.
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="asyncio refuses steps of tasks without a running loop")
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop], ids=["asyncio"], indirect=True)
+@pytest.mark.parametrize("moment", ["idle", "partial", "in a request", "in a WebSocket", "forced", "failed"])
+@pytest.mark.parametrize("http", PIPELINING)
+def test_stop_needs_no_running_loop(
+    loop: Any, moment: str, http: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes everything and ends the lifespan; only what was forced is logged."""
+    app = Simple()
+    server = loop.run_until_complete(start(app, http=http, ws="wsproto", shutdown_timeout=0.1))
+    clients: list[socket.socket] = []
+    if moment != "idle":
+        request = {"partial": b"GET / HT", "in a WebSocket": UPGRADE}.get(moment, REQUEST % b"/hold")
+        clients.append(ask(server, request))
+        loop.run_until_complete(app.holding.wait() if b"/hold" in request else turns())
+    if moment == "failed":
+        monkeypatch.setattr(server._engine.shutdown, "_stop_accepting", lambda: 1 / 0)
+    address = server.host, server.port
+
+    server.close(timeout=0 if moment == "forced" else None)
+    while not server._engine.closed.is_set():
+        loop.call_soon(lambda: None)
+        loop._run_once()
+
+    assert "shutdown" in app.events
+    for client in clients:
+        with client:
+            while client.recv(1000):
+                pass
+    with socket.socket() as late:
+        assert late.connect_ex(address) != 0
+    messages = logged(caplog)
+    if moment == "failed":
+        failure = "the server's own task failed while it was stopping: ZeroDivisionError: division by zero"
+        assert messages == [f"{server.url}: {failure}"]
+    elif moment in ("in a request", "forced"):
+        (message,) = messages
+        assert "forced" in message
+    else:
+        assert messages == []
 
 
 # Who has entered the block leaves it when no loop runs.

@@ -52,6 +52,28 @@ def test_signal_ends_the_block_in_a_qt_program(qt: Program, signum: int) -> None
     assert qt.said[-1] == "the label says: nothing yet"
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="asyncio refuses steps of tasks without a running loop")
+def test_server_stops_where_qt_ends_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Its task takes steps in which asyncio knows no running loop. Then `asyncio.run()` runs the loop once more, so that
+    nothing is lost: only qasync complains.
+    """
+    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+    page = FILES["qt_window.py"]
+    lines = [line for line in page.splitlines(keepends=True) if "setQuitOnLastWindowClosed" not in line]
+    path = tmp_path / "qt_window.py"
+    path.write_text("".join(lines).replace("FastAPI()", "FastAPI(on_shutdown=[lambda: print('lifespan over')])"))
+    with Program(str(path)) as program:
+        url = program.wait_for("http")
+        assert httpx.post(f"{url}/close").status_code == 200
+        code, err = program.end()
+    assert code == 1
+    assert err.splitlines()[-1] == "RuntimeError: Event loop stopped before Future completed."
+    assert err.count("Traceback") == 1, err
+    assert "the server" not in err
+    assert program.said[-1] == "lifespan over"
+
+
 def textual_app(directory: Path) -> ModuleType:
     path = directory / "textual_app.py"
     path.write_text(FILES["textual_app.py"])

@@ -24,6 +24,7 @@ from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.privileges import unprivileged
 from tests.helpers.processes import linux_only
+from tests.helpers.programs import Program
 
 pytestmark = not_portable.unix_sockets
 
@@ -106,6 +107,30 @@ async def test_other_users_cannot_connect_to_a_unix_socket_by_default(monkeypatc
         async with serving(App(), uds=path, uds_mode=0o666):
             with unprivileged():
                 other.connect(path)
+
+
+PRIVILEGED = """
+import asyncio, os, sys
+from aioserve import serving
+from tests.helpers.apps import App
+
+async def main():
+    async with serving(App(), uds=sys.argv[1]):
+        print("serving")
+
+os.setreuid(65534, 0)
+asyncio.run(main())
+"""
+
+
+def test_rights_of_the_effective_user_count(tmp_path: Path) -> None:
+    """Here the real one may not write in the directory."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can run code as another user")
+    tmp_path.chmod(0o755)
+    with Program("-c", PRIVILEGED, str(tmp_path / "app.sock")) as program:
+        code, err = program.end()
+    assert (code, program.said, err) == (0, ["serving"], "")
 
 
 @pytest.mark.parametrize("moment", ["mkdir", "bind", "listen"])

@@ -133,7 +133,7 @@ async def test_wait_for_a_request_body_without_an_end_is_bounded() -> None:
         message_event = asyncio.Event()
 
     cycle = Cycle()
-    disconnecting = _DisconnectEvent(cycle, lambda _: True)
+    disconnecting = _DisconnectEvent(cycle, asyncio.get_running_loop(), lambda _: True)
     await disconnecting.wait()
     disconnecting.clear()
     assert cycle.says_disconnected

@@ -288,6 +288,23 @@ for _ in range(2):
             trio.run(main)
 
 
+@pytest.mark.parametrize("name", ["asyncio_0", "AnyIO worker thread", "another"])
+async def test_thread_that_is_ending_is_awaited_while_the_loop_runs(name: str) -> None:
+    """Its end may need the loop, and so it is not just joined."""
+    loop = asyncio.get_running_loop()
+    told = threading.Event()
+
+    def end_with_the_loop() -> None:
+        told.wait()
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+
+    async with assert_nothing_left(thread_pools=True):
+        thread = threading.Thread(target=end_with_the_loop, name=name)
+        thread.start()
+        threading.Timer(0.1, told.set).start()  # more than the turns that everything gets
+    assert not thread.is_alive()
+
+
 async def test_timer_that_repeats_itself_is_no_leak() -> None:
     """Each is a new timer, but calls the same function as the one before."""
 

@@ -189,7 +189,7 @@ class Acceptor:
         if not has_unsent(transport, raw):
             hang_up(raw)
             return
-        watch = self._watch(transport, raw, hang_up)
+        watch = self._watch(self._loop, transport, raw, hang_up)
         try:
             watch.start()
         except OSError as exc:
@@ -260,7 +260,7 @@ class Acceptor:
         await self._shake_hands(raw, handshake, context)
 
     async def _shake_hands(self, raw: asyncio.Transport, handshake: Handshake, context: ssl.SSLContext) -> None:
-        self._handshakes[asyncio.current_task()] = raw  # type: ignore[index]
+        self._handshakes[asyncio.current_task(self._loop)] = raw  # type: ignore[index]
         try:
             transport = await handshake.start_tls(raw, context, self._handshake_timeout)
         except BaseException:

@@ -22,7 +22,8 @@ from aioserve._net.transports import descriptor
 class LingeringSockets:
     """The sockets whose transports are closed, or about to, and whose clients may still be sending."""
 
-    def __init__(self, *, on_end: Callable[[], object]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, on_end: Callable[[], object]) -> None:
+        self._loop = loop
         self._on_end = on_end
         self._sockets: dict[Any, _LingeringSocket] = {}
 
@@ -40,7 +41,8 @@ class LingeringSockets:
         """
         if raw not in self._sockets:
             try:
-                self._sockets[raw] = _LingeringSocket(descriptor(raw), seconds, lambda: self._end(raw))
+                number = descriptor(raw)
+                self._sockets[raw] = _LingeringSocket(self._loop, number, seconds, lambda: self._end(raw))
             except OSError as exc:
                 logger.debug("cannot linger on a connection: %s", exc)  # it is gone, or no descriptor is left
 
@@ -62,9 +64,11 @@ class LingeringSockets:
 class _LingeringSocket:
     _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, number: int, seconds: float, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, number: int, seconds: float, on_end: Callable[[], None]
+    ) -> None:
+        self._loop = loop
         self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         with forks.lock:
             self._socket = socket.socket(fileno=socket.dup(number))

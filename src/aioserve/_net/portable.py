@@ -32,7 +32,7 @@ class _FlushLook(FlushWatch):
     """Looks again and again whether all is sent."""
 
     def start(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_limits.LOOK_AT_FLUSH, self._look)
+        self._timer = self._loop.call_later(_limits.LOOK_AT_FLUSH, self._look)
 
     def _look(self) -> None:
         if has_unsent(self._transport, self._raw):

@@ -172,7 +172,10 @@ class FlushWatch:
     asyncio waits half a minute for the client's close_notify, which the client need not send. (RFC 8446, 6.1.)
     """
 
-    def __init__(self, transport: Any, raw: Any, hang_up: Callable[[Any], object]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: Any, raw: Any, hang_up: Callable[[Any], object]
+    ) -> None:
+        self._loop = loop
         self._transport = transport
         self._raw = raw
         self._hang_up = hang_up
@@ -183,7 +186,6 @@ class FlushWatch:
         with forks.lock:
             self._descriptor = socket.dup(descriptor(self._raw))
             forks.track(self)
-        self._loop = asyncio.get_running_loop()
         self._loop.add_writer(self._descriptor, self._look)
 
     def _look(self) -> None:

@@ -112,7 +112,9 @@ def check(path: str) -> None:
     try:
         directory = os.path.dirname(path) or "."
         os.stat(os.path.join(directory, "."))
-        if not os.access(directory, os.W_OK | os.X_OK):
+        # A program that has given up its privileges may have kept the real user.
+        effective = os.access in os.supports_effective_ids
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=effective):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with suppress(FileNotFoundError):
             if os.path.lexists(path):

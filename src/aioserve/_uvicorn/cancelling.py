@@ -47,7 +47,7 @@ class CancellableTasks(set[asyncio.Task[Any]]):
     def is_cleaning_up(self, task: asyncio.Task[Any]) -> bool:
         """Whether it was cancelled here just now, so that another cancellation would disturb its clean-up."""
         since = self._cancelled.get(task)
-        return since is not None and asyncio.get_running_loop().time() - since < _limits.CANCELLED_HANDLERS
+        return since is not None and task.get_loop().time() - since < _limits.CANCELLED_HANDLERS
 
     def _cancel(self, cycle: Any) -> None:
         task = self._tasks.get(cycle)
@@ -60,7 +60,7 @@ class CancellableTasks(set[asyncio.Task[Any]]):
             thread.add_done_callback(lambda _: self._cancel(cycle))
             return
         silence_expected_errors(cycle)
-        self._cancelled[task] = asyncio.get_running_loop().time()
+        self._cancelled[task] = task.get_loop().time()
         task.cancel()
 
 

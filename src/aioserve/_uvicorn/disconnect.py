@@ -19,7 +19,13 @@ from aioserve._log import uvicorn_logger
 from aioserve._uvicorn.logs import silence_expected_errors
 
 
-def disconnect(cycle: Any, may_have_unread: Callable[[Any], bool], *, end_response: bool = False) -> None:
+def disconnect(
+    cycle: Any,
+    loop: asyncio.AbstractEventLoop,
+    may_have_unread: Callable[[Any], bool],
+    *,
+    end_response: bool = False,
+) -> None:
     """
     Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
 
@@ -29,7 +35,7 @@ def disconnect(cycle: Any, may_have_unread: Callable[[Any], bool], *, end_respon
     if isinstance(cycle.message_event, _DisconnectEvent):
         return
     silence_expected_errors(cycle, functools.partial(_end_response, cycle) if end_response else None)
-    cycle.message_event = _DisconnectEvent(cycle, may_have_unread)
+    cycle.message_event = _DisconnectEvent(cycle, loop, may_have_unread)
     cycle.__class__ = _disconnected_class(type(cycle))  # type: ignore[arg-type]
     cycle.message_event.wake_up()
 
@@ -51,8 +57,9 @@ def _end_response(cycle: Any) -> None:
 class _DisconnectEvent:
     """Replaces a cycle's `asyncio.Event`: when no message is left, `receive()` returns the disconnect."""
 
-    def __init__(self, cycle: Any, may_have_unread: Callable[[Any], bool]) -> None:
+    def __init__(self, cycle: Any, loop: asyncio.AbstractEventLoop, may_have_unread: Callable[[Any], bool]) -> None:
         self._cycle = cycle
+        self._loop = loop
         self._may_have_unread = may_have_unread
         self._event = cycle.message_event  # a handler may be waiting for it
         self._has_message = cycle.message_event.is_set()
@@ -61,7 +68,7 @@ class _DisconnectEvent:
     def wake_up(self) -> None:
         """Wake the handler up, unless what has arrived is about to."""
         if self._body_is_coming():
-            asyncio.get_running_loop().call_soon(self.wake_up)
+            self._loop.call_soon(self.wake_up)
         else:
             self._event.set()
 

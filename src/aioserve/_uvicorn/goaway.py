@@ -34,7 +34,7 @@ class ClosingHTTP2State(ClosingState):
         self.has_acknowledged: bool = False
         self._is_announced = False
         self._quiet_since: float | None = None  # it has been looked at since then, and found without a stream
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop = connection.loop
         self._busy_since = self._loop.time()
         connection.__class__ = _closing_class(type(connection))  # type: ignore[arg-type]
         connection.conn = conn = _PingingConnection(connection.conn, self)

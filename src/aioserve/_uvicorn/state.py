@@ -48,6 +48,7 @@ class TrackedState(ServerState):
 
     def __init__(self, config: uvicorn.Config, observer: Observer) -> None:
         super().__init__()
+        self._loop = asyncio.get_running_loop()
         self._config = config
         self.connections: set[Any] = _ObservedConnections(self, observer)
         self.default_headers: list[tuple[bytes, bytes]] = config.encoded_headers
@@ -65,7 +66,7 @@ class TrackedState(ServerState):
             self._heads = self.connections.observer.make_heads()  # type: ignore[attr-defined]
         if self._heads is not None or self._config.date_header:
             interval = 1.0 if self._heads is None else self._heads.interval
-            self.timer = asyncio.get_running_loop().call_later(interval, self._go_on)
+            self.timer = self._loop.call_later(interval, self._go_on)
 
     def _go_on(self) -> None:
         if self._heads is not None:

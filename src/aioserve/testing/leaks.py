@@ -64,7 +64,7 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
         if exc is not None:
             return
         until = time.monotonic() + _limits.ENDING_THREADS
-        for thread in set(threading.enumerate()) - self._before.threads:
+        for thread in self._new_threads(pools=True):
             thread.join(max(0.0, until - time.monotonic()))
         gc.collect()
         _fail_if_any(_differences(self._before, take_snapshot()))
@@ -84,11 +84,16 @@ class assert_nothing_left:  # noqa: N801 (it reads as what it does, like context
             return
         for _ in range(_limits.LEAK_TURNS):
             await asyncio.sleep(0)
+        until = time.monotonic() + _limits.ENDING_THREADS
+        while self._new_threads(pools=self._thread_pools) and time.monotonic() < until:  # noqa: ASYNC110 (no loop is told of it)
+            await asyncio.sleep(_limits.LOOK_AT_THREADS)
         gc.collect()
         now = take_snapshot(asyncio.get_running_loop())
-        if not self._thread_pools:
-            now = now._replace(threads={thread for thread in now.threads if not thread.name.startswith(POOLS)})
-        _fail_if_any(_differences(self._before, now))
+        _fail_if_any(_differences(self._before, now._replace(threads=self._new_threads(pools=self._thread_pools))))
+
+    def _new_threads(self, *, pools: bool) -> set[threading.Thread]:
+        new = set(threading.enumerate()) - self._before.threads
+        return {thread for thread in new if pools or not thread.name.startswith(POOLS)}
 
 
 class Snapshot(NamedTuple):
