@@ -83,8 +83,7 @@ class Lifespan:
         if self.is_over:
             return
 
-        self.task = start_task(self._run(), name="aioserve lifespan")
-        self.task.add_done_callback(self._ended)
+        self.task = start_task(self._run(), name="aioserve lifespan", if_delayed=self._ended)
         if not await self._condition.wait_for(
             lambda: self._started or self._failure is not None or self.is_over, timeout
         ):

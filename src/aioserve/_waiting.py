@@ -19,12 +19,15 @@ from aioserve._log import logger
 T = TypeVar("T")
 
 
-def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+def start_task(
+    coroutine: Coroutine[Any, Any, T], *, name: str | None = None, if_delayed: Callable[[Any], object] | None = None
+) -> asyncio.Task[T]:
     """
     Make a task and run its first step at once, which saves a turn of the loop.
 
-    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides. If the loop
-    is closed before the task is done, asyncio logs nothing: we log it once for a server.
+    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides. Such a task
+    can be cancelled before its first step: `if_delayed` is called at its end. If the loop is closed before the task is
+    done, asyncio logs nothing: we log it once for a server.
     """
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
@@ -33,6 +36,8 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
         task._log_destroy_pending = False
     else:
         let_die_quietly(task := loop.create_task(coroutine, name=name))
+        if if_delayed is not None:
+            task.add_done_callback(if_delayed)
     made: asyncio.Task[T] = task
     return made
 
