@@ -162,12 +162,7 @@ class Condition:
 
         It is evaluated again after each `notify()`. With `even_if_forced`, only the timeout ends the wait.
         """
-        if predicate():
-            return True
         expired = False
-
-        def is_over() -> bool:
-            return predicate() or expired or (self.forced and not even_if_forced)
 
         def expire() -> None:
             nonlocal expired
@@ -175,27 +170,27 @@ class Condition:
             self.notify()
 
         timer = None
-        if timeout is not None:
-            # Most waits are over within a few loop turns, and need no timer.
-            for _ in range(_limits.TURNS_BEFORE_TIMER):
-                if is_over():
-                    return predicate()
-                await self._sleep(_turn())
-            timer = asyncio.get_running_loop().call_later(timeout, expire)
-
+        turns_left = 0 if timeout is None else _limits.TURNS_BEFORE_TIMER
         try:
             while True:
                 # Cleared before the look: a signal handler may change something at any point from here on.
                 self._changed = False
-                if is_over():
-                    break
+                if predicate():
+                    return True
+                if expired or (self.forced and not even_if_forced):
+                    return predicate()
+                if turns_left:  # most waits are over within a few loop turns, and need no timer
+                    turns_left -= 1
+                    await self._sleep(_turn())
+                    continue
+                if timeout is not None and timer is None:
+                    timer = asyncio.get_running_loop().call_later(timeout, expire)
                 self._sleeper = asyncio.get_running_loop().create_future()
                 if not self._changed:
                     await self._sleep(self._sleeper)
         finally:
             if timer is not None:
                 timer.cancel()
-        return predicate()
 
     async def turns(self, count: int) -> None:
         """Let the loop turn, for what it has already scheduled for its next turns."""
@@ -213,13 +208,12 @@ class SlowStop:
     """The waits of one stop: if they take longer than a second, a warning says once what it waits for."""
 
     _has_warned: bool = False
+    _since: float | None = None  # when the first wait began, in the loop's time
 
     def __init__(self, condition: Condition, name: str, advice: str = "") -> None:
         self._condition = condition
         self._name = name
         self._advice = advice
-        self._time = asyncio.get_running_loop().time
-        self._since = self._time()
 
     async def wait_for(
         self,
@@ -233,8 +227,10 @@ class SlowStop:
 
         It says how much time is left: of this timeout, or as `time_left` says where several waits share their time.
         """
+        now = asyncio.get_running_loop().time()
+        self._since = self._since or now
         # Each wait gets a moment, since what it is for may be quick.
-        early = max(_limits.SLOW_STOP / 4, self._since + _limits.SLOW_STOP - self._time())
+        early = max(_limits.SLOW_STOP / 4, self._since + _limits.SLOW_STOP - now)
         if not self._has_warned and (timeout is None or timeout > early):
             if await self._condition.wait_for(predicate, early) or self._condition.forced:
                 return predicate()
