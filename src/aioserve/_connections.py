@@ -19,7 +19,7 @@ from aioserve._heads import HeadTimeout
 from aioserve._lifespan import Lifespan
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
-from aioserve._net.transports import drop, hang_up
+from aioserve._net.transports import drop, hang_up, unread_bytes
 from aioserve._report import UnfinishedHandler, unfinished_handler
 from aioserve._settings import Settings
 from aioserve._uvicorn import protocols
@@ -98,8 +98,7 @@ class Connections:
 
     def needs_no_app(self) -> bool:
         """Whether no handler is left, and every connection is closing."""
-        are_closing = not self.state.connections or all(each.transport.is_closing() for each in self.state.connections)
-        return are_closing and self._is_idle()
+        return self._is_idle() and all(each.transport.is_closing() for each in self.state.connections)
 
     def _is_idle(self) -> bool:
         is_accepting = self.acceptor.pending or self.acceptor.has_rest
@@ -129,12 +128,13 @@ class Connections:
         With TLS, leave all: the transport may hold data that nobody has processed; and so may the system, where nobody
         knows.
         """
+        self.state.look_no_more()
         if self._has_tls or self.acceptor.is_portable:
             return
         for connection in list(self.state.connections):
             is_open = protocols.is_http(connection) and not connection.transport.is_closing()
             is_idle = is_open and protocols.connection_state(connection) == "idle"
-            if not is_idle or protocols.has_unread_body(connection) or self._closer.unread(connection):
+            if not is_idle or protocols.has_unread_body(connection) or unread_bytes(connection.transport):
                 continue
             if not (self._has_http2 and self._closer.has_just_answered(connection)):
                 protocols.close_gracefully(connection)
@@ -147,7 +147,6 @@ class Connections:
         still come is given some time for that, as is a TLS handshake.
         """
         self._closing = True
-        self.state.look_no_more()
         self._closer.watch_handshakes()
         self._watch_handlers()
         for connection in list(self.state.connections):

@@ -72,7 +72,7 @@ class Engine(ServerTask):
         self.shutdown: Shutdown = Shutdown(settings, self.connections, self.lifespan, self._condition, self.urls[0])
 
     def start(self) -> None:
-        start_task(self._serve(), name=f"aioserve {self.urls[0]}").add_done_callback(self._ended)
+        start_task(self._serve(), name=f"aioserve {self.urls[0]}", if_delayed=self._ended)
 
     async def _serve(self) -> None:
         try:

@@ -27,6 +27,25 @@ class Lifespan:
 
     should_exit: bool = False
     """As in uvicorn's class: whether the program should exit. It never should."""
+    error: BaseException | None = None
+    """What the app's lifespan raised."""
+    task: asyncio.Task[None] | None = None
+    is_stuck: bool = False
+    """Whether it was cancelled and is still running."""
+    died: bool = False
+    """Whether it raised while the app was serving. One that returned has nothing to do at the shutdown."""
+    context: contextvars.Context | None = None
+    """The context of the app's startup, which may have set some variables for the handlers; `None` without one."""
+
+    _startup_received: bool = False
+    _started: bool = False  # it has sent startup.complete
+    _refused: bool = False  # it has sent something that is not a lifespan message
+    _failure: str | None = None  # the message of its startup.failed or shutdown.failed
+    _awaits_shutdown: bool = False
+    _shutdown_received: bool = False
+    _was_told: bool = False  # it was told to shut down before it raised
+    _awaits_more: bool = False  # it calls receive() again, and no message is left
+    _abandoned: bool = False  # we have cancelled it
 
     def __init__(
         self,
@@ -38,32 +57,12 @@ class Lifespan:
         condition: Condition,
     ) -> None:
         self.state = state
-        self.error: BaseException | None = None
-        """What the app's lifespan raised."""
-        self.task: asyncio.Task[None] | None = None
-        self.is_stuck: bool = False
-        """Whether it was cancelled and is still running."""
         self.is_over: bool = mode == "off"
-        self.died: bool = False
-        """Whether it raised while the app was serving. One that returned has nothing to do at the shutdown."""
-        self.context: contextvars.Context | None = None
-        """The context of the app's startup, which may have set some variables for the handlers; `None` without one."""
-
         self._app = app
         self._mode = mode
         self._asgi_version = asgi_version
         self._condition = condition
-
-        self._startup_received = False
-        self._started = False  # it has sent startup.complete
-        self._refused = False  # it has sent something that is not a lifespan message
-        self._failure: str | None = None  # the message of its startup.failed or shutdown.failed
         self._shutdown = asyncio.Event()
-        self._awaits_shutdown = False
-        self._shutdown_received = False
-        self._was_told = False  # it was told to shut down before it raised
-        self._awaits_more = False  # it calls receive() again, and no message is left
-        self._abandoned = False  # we have cancelled it
 
     @property
     def crashed(self) -> bool:
@@ -83,8 +82,7 @@ class Lifespan:
         if self.is_over:
             return
 
-        self.task = start_task(self._run(), name="aioserve lifespan")
-        self.task.add_done_callback(self._ended)
+        self.task = start_task(self._run(), name="aioserve lifespan", if_delayed=self._ended)
         if not await self._condition.wait_for(
             lambda: self._started or self._failure is not None or self.is_over, timeout
         ):

@@ -183,20 +183,19 @@ _NOT_TO_HANDLE = {getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP",
 
 def check_names(options: Mapping[str, Any]) -> None:
     """Raise a `TypeError` where an option is unknown or refused."""
-    for name in options:
+    for name in [each for each in options if each not in Options.__optional_keys__]:
         if name in RENAMED:
             raise TypeError(f"there is no option {name!r}; aioserve calls the same option {RENAMED[name]!r}")
         if name in REFUSED:
             raise TypeError(f"option {name!r} is not supported: {REFUSED[name]}")
-        if name not in Options.__optional_keys__:
-            meant = option_meant(name)
-            if meant:
-                raise TypeError(f"there is no option {name!r}; use {meant}")
-            import difflib  # only for a misspelt option
+        meant = option_meant(name)
+        if meant:
+            raise TypeError(f"there is no option {name!r}; use {meant}")
+        import difflib  # only for a misspelt option
 
-            near = difflib.get_close_matches(name, Options.__optional_keys__, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "help(aioserve.serving) lists all options"
-            raise TypeError(f"there is no option {name!r}; {hint}")
+        near = difflib.get_close_matches(name, Options.__optional_keys__, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "help(aioserve.serving) lists all options"
+        raise TypeError(f"there is no option {name!r}; {hint}")
 
 
 def option_meant(name: str, spell: Callable[[str], str] = str) -> str:

@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from ssl import SSLContext
 from typing import Any, NamedTuple
 
@@ -17,14 +17,14 @@ from aioserve._limits import check_timeout
 from aioserve._net import listeners
 from aioserve._options import TIMEOUTS, App
 from aioserve._signals import STOP_SIGNALS
-from aioserve._uvicorn.config import make_config
+from aioserve._uvicorn.config import WITH_EFFECTS, make_config
 from aioserve._uvicorn.logs import warn_if_unseen
 
 _HOST = _options.DEFAULTS["host"]
 _UDS_MODE = _options.DEFAULTS["uds_mode"]
 _OF_ONE_SERVER = ("READY=1",)
 _NOT_PASSED = _options.OWN_OPTIONS | {"access_log"}
-_BIND_FREE_PORT = partial(listeners.bind_addresses, _HOST, 0, reuse_port=False)
+_CHECKED_EACH_TIME = _options.LISTEN_OPTIONS | WITH_EFFECTS | {"ssl", "stop_on_signals"}  # not to be remembered
 
 
 class Settings(NamedTuple):
@@ -68,33 +68,40 @@ def parse(app: App, options: Mapping[str, Any]) -> Settings:
             with another.
         ValueError: An option's value is out of range.
     """
-    _options.check_names(options)
     return _from_config(app, options) if isinstance(app, uvicorn.Config) else _from_options(app, options)
 
 
 def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
+    passed, others = _check(options)
     if isinstance(app, str):
         _check_import_string(app)
-    if options:
-        _options.check_values(options)
-
-    # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
-    # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
-    access_log = options.get("access_log", True)
-    passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
-    settings = Settings(
-        config=make_config(app, passed),
-        bind=_how_to_bind(options),
-        ssl=options.get("ssl"),
-        access_log=access_log,
-        stop_on_signals=_signals(options),
-        cancel_on_disconnect=options.get("cancel_on_disconnect", False),
-        **_timeouts(options),
-    )
+    settings = Settings(make_config(app, passed), *others)
     if options.get("log_level") is not None or options.get("access_log"):
         warn_if_unseen(level=options.get("log_level"), access_log=options.get("access_log", False))
-    systemd = options.get("systemd")
-    return settings._replace(**_notifications(systemd)) if systemd else settings
+    return settings._replace(**_notifications(options["systemd"])) if options.get("systemd") else settings
+
+
+def _check(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    if _CHECKED_EACH_TIME.isdisjoint(options):
+        try:
+            return _checked_once(**options)
+        except TypeError:
+            pass  # an option cannot be hashed, or has the wrong type, and then it is raised again
+    return _checked(**options)
+
+
+def _checked(**options: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Check the options; return those for `uvicorn.Config`, and the settings behind `config`."""
+    _options.check_names(options)
+    _options.check_values(options)
+    # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
+    # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
+    passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
+    how = _how_to_bind(options), options.get("ssl"), options.get("access_log", True), *_timeouts(options).values()
+    return passed, (*how, _signals(options), options.get("cancel_on_disconnect", False))
+
+
+_checked_once = lru_cache(typed=True)(_checked)  # most servers of a program have the same options
 
 
 def _check_import_string(app: str) -> None:
@@ -107,6 +114,7 @@ def _check_import_string(app: str) -> None:
 
 
 def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings:
+    _options.check_names(options)
     where: dict[str, Any] = {"host": config.host, "port": config.port}  # the order is uvicorn's
     if options.get("sockets") is not None:
         where = {"sockets": options["sockets"]}
@@ -145,8 +153,6 @@ def _from_config(config: uvicorn.Config, options: Mapping[str, Any]) -> Settings
 
 
 def _how_to_bind(options: Mapping[str, Any]) -> listeners.Bind:
-    if options.keys().isdisjoint(_options.LISTEN_OPTIONS):
-        return _BIND_FREE_PORT
     systemd = options.get("systemd") or False
     uds, fd, sockets = (options.get(name) for name in ("uds", "fd", "sockets"))
     lent: list[listeners.Bind] = []
@@ -181,8 +187,7 @@ def _notifications(systemd: bool | str) -> dict[str, Any]:
 
 
 def _timeouts(options: Mapping[str, Any]) -> dict[str, Any]:
-    given = TIMEOUTS.keys() & options.keys()
-    return TIMEOUTS | {name: check_timeout(name, options[name]) for name in given} if given else TIMEOUTS
+    return TIMEOUTS | {name: check_timeout(name, options[name]) for name in TIMEOUTS if name in options}
 
 
 def _signals(options: Mapping[str, Any]) -> tuple[int, ...]:

@@ -54,18 +54,19 @@ class Signals:
     With `owns_process`, they are those of a process that only runs this server, in a loop of its own.
     """
 
+    first: str | None = None  # the name of the first signal that came
+    latest: str | None = None
+    count: int = 0  # how many have come; without SIGHUP, which a terminal that closes may send twice
+    is_interrupting: bool = False  # whether a signal is to raise `Interrupted`
+    _loop: asyncio.AbstractEventLoop
+    _pid: int
+    _action: Callable[[], object] | None = None
+    _callbacks: dict[int, Callable[[], object]]  # those that the app has given to our own loop
+
     def __init__(self, wanted: Sequence[int] = (), *, owns_process: bool = False) -> None:
-        self.first: str | None = None  # the name of the first signal that came
-        self.latest: str | None = None
-        self.count: int = 0  # how many have come; without SIGHUP, which a terminal that closes may send twice
         self.wanted = wanted
-        self.is_interrupting: bool = False  # whether a signal is to raise `Interrupted`
         self._owns_process = owns_process
-        self._loop: asyncio.AbstractEventLoop
-        self._pid: int
-        self._action: Callable[[], object] | None = None
         self._handlers: list[_Handler] = []
-        self._callbacks: dict[int, Callable[[], object]]  # those that the app has given to our own loop
 
     def install(self) -> None:
         """Handle the signals from now on, in the running loop: all of them, or none and raise a `RuntimeError`."""

@@ -19,12 +19,15 @@ from aioserve._log import logger
 T = TypeVar("T")
 
 
-def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+def start_task(
+    coroutine: Coroutine[Any, Any, T], *, name: str | None = None, if_delayed: Callable[[Any], object] | None = None
+) -> asyncio.Task[T]:
     """
     Make a task and run its first step at once, which saves a turn of the loop.
 
-    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides. If the loop
-    is closed before the task is done, asyncio logs nothing: we log it once for a server.
+    On Python 3.11 the first step comes in the next turn; where the loop has a task factory, that decides. Such a task
+    can be cancelled before its first step: `if_delayed` is called at its end. If the loop is closed before the task is
+    done, asyncio logs nothing: we log it once for a server.
     """
     loop = asyncio.get_running_loop()
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
@@ -33,6 +36,8 @@ def start_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) ->
         task._log_destroy_pending = False
     else:
         let_die_quietly(task := loop.create_task(coroutine, name=name))
+        if if_delayed is not None:
+            task.add_done_callback(if_delayed)
     made: asyncio.Task[T] = task
     return made
 
@@ -159,12 +164,7 @@ class Condition:
 
         It is evaluated again after each `notify()`. With `even_if_forced`, only the timeout ends the wait.
         """
-        if predicate():
-            return True
         expired = False
-
-        def is_over() -> bool:
-            return predicate() or expired or (self.forced and not even_if_forced)
 
         def expire() -> None:
             nonlocal expired
@@ -172,27 +172,27 @@ class Condition:
             self.notify()
 
         timer = None
-        if timeout is not None:
-            # Most waits are over within a few loop turns, and need no timer.
-            for _ in range(_limits.TURNS_BEFORE_TIMER):
-                if is_over():
-                    return predicate()
-                await self._sleep(_turn())
-            timer = self.loop.call_later(timeout, expire)
-
+        turns_left = 0 if timeout is None else _limits.TURNS_BEFORE_TIMER
         try:
             while True:
                 # Cleared before the look: a signal handler may change something at any point from here on.
                 self._changed = False
-                if is_over():
-                    break
+                if predicate():
+                    return True
+                if expired or (self.forced and not even_if_forced):
+                    return False
+                if turns_left:  # most waits are over within a few loop turns, and need no timer
+                    turns_left -= 1
+                    await self._sleep(_turn())
+                    continue
+                if timeout is not None and timer is None:
+                    timer = self.loop.call_later(timeout, expire)
                 self._sleeper = self.loop.create_future()
                 if not self._changed:
                     await self._sleep(self._sleeper)
         finally:
             if timer is not None:
                 timer.cancel()
-        return predicate()
 
     async def turns(self, count: int) -> None:
         """Let the loop turn, for what it has already scheduled for its next turns."""
@@ -210,13 +210,12 @@ class SlowStop:
     """The waits of one stop: if they take longer than a second, a warning says once what it waits for."""
 
     _has_warned: bool = False
+    _since: float | None = None  # when the first wait began, in the loop's time
 
     def __init__(self, condition: Condition, name: str, advice: str = "") -> None:
         self._condition = condition
         self._name = name
         self._advice = advice
-        self._time = condition.loop.time
-        self._since = self._time()
 
     async def wait_for(
         self,
@@ -230,8 +229,10 @@ class SlowStop:
 
         It says how much time is left: of this timeout, or as `time_left` says where several waits share their time.
         """
+        now = self._condition.loop.time()
+        self._since = self._since or now
         # Each wait gets a moment, since what it is for may be quick.
-        early = max(_limits.SLOW_STOP / 4, self._since + _limits.SLOW_STOP - self._time())
+        early = max(_limits.SLOW_STOP / 4, self._since + _limits.SLOW_STOP - now)
         if not self._has_warned and (timeout is None or timeout > early):
             if await self._condition.wait_for(predicate, early) or self._condition.forced:
                 return predicate()

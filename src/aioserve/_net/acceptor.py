@@ -118,8 +118,8 @@ class Acceptor:
         for listener in self._listeners:
             listener.remove_file()
         if self._is_used:
-            own = [each.socket for each in self._listeners if not each.lent]
-            _drop_new_connections(own, has_clients=bool(self.handlers))
+            tcp = [each.socket for each in self._listeners if not each.lent and each.path is None]
+            _drop_new_connections(tcp, has_clients=bool(self.handlers))
         for retry in self._retries.values():
             retry.cancel()
         self.has_rest = True
@@ -315,6 +315,7 @@ class _Reserve:
 
 # A classic BPF program: load byte 13 of the TCP header, and accept the packet unless the SYN bit (2) is set in it.
 _NO_SYN = array("B", struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF))
+_NO_SYN_FILTER = struct.pack("HP", 4, _NO_SYN.buffer_info()[0])  # the number of instructions, and where they are
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's module
 
 
@@ -326,11 +327,9 @@ def _drop_new_connections(listening: Iterable[socket.socket], *, has_clients: bo
     another processor, one may be between its SYN and the end of its handshake, which takes some microseconds. That is
     waited for where requests are in flight; where nobody is answered, hardly anybody connects.
     """
-    for sock in listening:
-        if sys.platform == "linux" and sock.family != socket.AF_UNIX:
-            address, _ = _NO_SYN.buffer_info()
-            with suppress(OSError):  # not on this architecture, or in this sandbox
-                sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
+    for sock in listening if sys.platform == "linux" else ():
+        with suppress(OSError):  # not on this architecture, or in this sandbox
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
     if has_clients:
         time.sleep(_limits.LAST_HANDSHAKES)
 

@@ -55,8 +55,8 @@ def _ask_kernel(raw: Any, request: int) -> int:
     size = bytearray(4)  # a C int; bytes would be copied
     if sys.platform != "win32":
         try:
-            fcntl.ioctl(descriptor(raw), request, size)
-        except OSError:
+            fcntl.ioctl(raw.get_extra_info("socket"), request, size)
+        except (OSError, TypeError, ValueError):  # it is gone
             return 0
     return int.from_bytes(size, sys.byteorder)
 

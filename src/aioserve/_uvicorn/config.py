@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("uvicorn.error")
 # Options that are not only remembered: they import, set up logging, read files, or call something.
 _TLS = ("certfile", "keyfile", "keyfile_password", "ca_certs", "cert_reqs", "ciphers", "version", "context_factory")
-_WITH_EFFECTS = frozenset({"factory", "http2", "log_config", "log_level", *(f"ssl_{name}" for name in _TLS)})
+WITH_EFFECTS: frozenset[str] = frozenset(
+    {"factory", "http2", "log_config", "log_level", *(f"ssl_{name}" for name in _TLS)}
+)
 
 
 def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
@@ -45,7 +47,7 @@ def make_config(app: Any, options: Mapping[str, Any]) -> uvicorn.Config:
         wrong = mistake(app, factory=options.get("factory", False), interface=options.get("interface", "auto"))
         if wrong:
             raise TypeError(wrong)
-    environment = _environment(options) if is_plain and _WITH_EFFECTS.isdisjoint(options) else None
+    environment = _environment(options) if is_plain and WITH_EFFECTS.isdisjoint(options) else None
     # There are no workers here, so uvicorn need not look for their number in the environment.
     options = {"log_config": None, "workers": 1, **options}
     if options.get("http2"):

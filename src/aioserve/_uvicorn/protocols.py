@@ -264,6 +264,7 @@ def cancel_keep_alive_timer(connection: Any) -> None:
     timer = connection.timeout_keep_alive_task
     if timer is not None:
         timer.cancel()
+        connection.timeout_keep_alive_task = None  # or uvicorn would cancel it once more
     cycle = connection.cycle
     if cycle is not None and not cycle.response_complete:
         # An upgrade that came in one packet with a request before it: the answer to that is still to come.

@@ -73,10 +73,6 @@ class TrackedState(ServerState):
             self._heads.look(self.connections)
         self.begin()
 
-    def forget(self, connection: Any) -> None:
-        if self._heads is not None:
-            self._heads.forget(connection)
-
     def look_no_more(self) -> None:
         """Leave it to the stop how long a client may take from here."""
         self.looks_for_heads = False
@@ -131,8 +127,8 @@ class _ObservedConnections(set[Any]):
 
     def discard(self, connection: Any) -> None:
         super().discard(connection)
-        self._state.forget(connection)
+        if self._state._heads is not None:
+            self._state._heads.forget(connection)
         self.observer.connection_removed(connection)
 
-    def remove(self, connection: Any) -> None:
-        self.discard(connection)
+    remove = discard
