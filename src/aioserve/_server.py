@@ -183,10 +183,10 @@ class ServerHandle:
         late: asyncio.CancelledError | None = None
         if not cancellations:
             try:
+                await asyncio.sleep(0)  # an idle server closes in this turn of the loop; the event would take another
                 await closed.wait()
             except asyncio.CancelledError as exc:
-                late = exc
-                cancellations = int(_is_native(exc))
+                late, cancellations = exc, int(_is_native(exc))
             else:
                 return None
 

@@ -97,8 +97,8 @@ def _checked(**options: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
     # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
     # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
     passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
-    how = _how_to_bind(options), options.get("ssl"), options.get("access_log", True), *_timeouts(options).values()
-    return passed, (*how, _signals(options), options.get("cancel_on_disconnect", False))
+    others = _how_to_bind(options), options.get("ssl"), options.get("access_log", True), *_timeouts(options).values()
+    return passed, (*others, _signals(options), options.get("cancel_on_disconnect", False))
 
 
 _checked_once = lru_cache(typed=True)(_checked)  # most servers of a program have the same options

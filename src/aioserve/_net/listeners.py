@@ -90,9 +90,8 @@ class Listener:
             self.bound_as = socket.socket.getsockname(self.socket)
             return
         try:
-            if (
-                sys.platform != "win32" and not self.lent
-            ):  # so that the port can be bound again while connections linger
+            # So that the port can be bound again while connections linger.
+            if sys.platform != "win32" and not self.lent:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.listen(backlog)
         except OSError as exc:
