@@ -91,9 +91,13 @@ class Engine(ServerTask):
             self.abandon()
             raise
         except BaseException as exc:  # noqa: BLE001 (nothing may leave the task)
-            self._crash("the server's own task failed while it was stopping", exc)
-            await self._drop_everything()
-        self._clean_up()
+            try:
+                self._crash("the server's own task failed while it was stopping", exc)
+                await self._drop_everything()
+            finally:
+                self._clean_up()
+        else:
+            self._clean_up()
 
     async def _serve_until_asked(self) -> None:
         try:
@@ -131,9 +135,9 @@ class Engine(ServerTask):
         answer()
 
     def _ended(self, _: object) -> None:
-        """Close also where the task was cancelled before its first step, so that it never ran, or has failed twice."""
+        """Close also where the task was cancelled before its first step, so that it never ran."""
         if not self.closed.is_set():
-            self.error = self.error or StartupError("the server's own task was cancelled before it had begun")
+            self.error = StartupError("the server's own task was cancelled before it had begun")
             self._clean_up()
 
     def _note_crash(self, what: str, cause: BaseException | None) -> None:

@@ -71,7 +71,7 @@ async def raised_by(client: Any, url: str) -> AppError:
     return caught.value
 
 
-@pytest.mark.parametrize("http", list(HTTP_PROTOCOLS.keys() - {"auto"}))
+@pytest.mark.parametrize("http", sorted(HTTP_PROTOCOLS.keys() - {"auto"}))
 @pytest.mark.parametrize("client_class", [httpx.AsyncClient, httpx2.AsyncClient])
 async def test_exception_of_the_app_is_raised_by_its_own_request(
     where: dict[str, Any], http: Any, client_class: Any
@@ -362,7 +362,7 @@ class TestFrameworks:
             done.set()
 
 
-@pytest.mark.parametrize("ws", list(WS_PROTOCOLS.keys() - {"auto", "none"}))
+@pytest.mark.parametrize("ws", sorted(WS_PROTOCOLS.keys() - {"auto", "none"}))
 async def test_exception_of_a_websocket_is_shown_unless_it_refuses(ws: Any) -> None:
     """A client whose WebSocket is refused with a 500 raises it. The scope has no header of ours."""
     error = AppError("the WebSocket's own")
