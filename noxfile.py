@@ -37,9 +37,8 @@ def oldest() -> list[str]:
 
 
 # Tests that run whole programs, which choose their loops and protocols by themselves: they need not be run with each.
-WITHOUT_PROGRAMS = [
-    f"--ignore=tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin", "windows")
-]
+PROGRAMS = [f"tests/{name}" for name in ("command_line", "docs", "process", "signals", "testing/plugin", "windows")]
+WITHOUT_PROGRAMS = [f"--ignore={folder}" for folder in PROGRAMS]
 
 # Tests of what a loop has only on Unix, besides.
 WITHOUT_UNIX = [*WITHOUT_PROGRAMS, "--ignore=tests/sockets"]
@@ -73,14 +72,20 @@ def run_suite(session: nox.Session, *options: str) -> None:
 def tests(session: nox.Session, dependencies: str) -> None:
     """The suite, on each Python, with the newest uvicorn and anyio and with the oldest."""
     install(session, dependencies)
-    # With the newest, programs are run by the README's command and on the wheel.
-    run_suite(session, *([] if (session.python, dependencies) == (PYTHONS[0], "oldest") else WITHOUT_PROGRAMS))
+    run_suite(session, *WITHOUT_PROGRAMS)
+
+
+@nox.session
+def programs(session: nox.Session) -> None:
+    """The tests of whole programs, and of what we rely on in uvicorn, with the oldest uvicorn and anyio."""
+    install(session, "oldest")
+    run_suite(session, *PROGRAMS, "tests/with_uvicorn")
 
 
 @nox.session
 @nox.parametrize("variant", list(VARIANTS), ids=list(VARIANTS))
 def variants(session: nox.Session, variant: str) -> None:
-    """The suite on another loop, with other protocols of uvicorn; one of them with the oldest uvicorn and anyio."""
+    """The suite on another loop, with other protocols of uvicorn; `debug` has the oldest uvicorn and anyio."""
     if variant == "eager" and (session.python or platform.python_version()).startswith("3.11"):
         session.skip("eager tasks came with Python 3.12")
     install(session, "oldest" if variant == "debug" else "newest")
@@ -98,7 +103,7 @@ def portable(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """What needs programs that pip does not install; `.ci/run` does."""
     session.install(*NEWEST, "-e", ".[integration]")
-    session.run("python", "-m", "pytest", "-n", "2", "--integration", "tests/integration", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "3", "--integration", "tests/integration", *session.posargs)
 
 
 @nox.session

@@ -32,7 +32,7 @@ RUNS = {
     "stop_with_clients-asyncio": ["stop_with_clients.py"],
     "stop_with_clients-uvloop": ["stop_with_clients.py", "--loop", "uvloop"],
     **{
-        f"throughput-{http}-{loop}": ["throughput.py", "--http", http, "--loop", loop]
+        f"throughput-{http}-{loop}": ["throughput.py", "--http", http, "--loop", loop, "--rounds", "20"]
         for http in ("h11", "httptools", "zttp", "http2")
         for loop in ("asyncio", "uvloop")
     },
@@ -43,10 +43,14 @@ RUNS = {
     "cycles-uvloop": ["cycles.py", "--loop", "uvloop"],
     "imports": ["imports.py"],
     "restarts": ["restarts.py"],
-    "fixtures": ["fixtures.py"],
+    "fixtures": ["fixtures.py", "--rounds", "5"],
 }
 NOT_IN_QUICK = ("stop_with_clients-uvloop", "many_servers-uvloop", "cycles-uvloop")
-SMALLER = {"many_servers-asyncio": ["--servers", "100"], "fixtures": ["--tests", "100"]}
+SMALLER = {
+    "many_servers-asyncio": ["--servers", "100"],
+    "fixtures": ["--tests", "100"],
+    **{name: ["--rounds", "1"] for name in RUNS if name.startswith("throughput-")},
+}
 
 
 def measure(folder: Path, rounds: int | None) -> list[str]:
@@ -56,13 +60,15 @@ def measure(folder: Path, rounds: int | None) -> list[str]:
 
     if rounds is not None:
         commands = {
-            name: [*command, *SMALLER.get(name, [])] for name, command in commands.items() if name not in NOT_IN_QUICK
+            name: [*command, *options, *SMALLER.get(name, [])]
+            for name, command in commands.items()
+            if name not in NOT_IN_QUICK
         }
     failed = []
     for name, (script, *rest) in commands.items():
         print(f"\n=== {name}", flush=True)
         began = time.perf_counter()
-        if subprocess.run([sys.executable, str(HERE / script), *rest, *options], check=False).returncode:
+        if subprocess.run([sys.executable, str(HERE / script), *rest], check=False).returncode:
             failed.append(name)
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)
     return failed
