@@ -9,12 +9,14 @@ import contextlib
 import contextvars
 import errno
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from aioserve import _limits, serving, start
+from aioserve._net import acceptor
 from tests.helpers import not_portable
 from tests.helpers.apps import App
 from tests.helpers.clients import BURST, burst, connect, count_answers
@@ -39,6 +41,33 @@ async def test_requests_in_the_accept_queue_are_answered(how: str) -> None:
                 server.close()
                 await server.wait_closed()
         assert count_answers(clients) == BURST
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nothing keeps a client from coming there")
+@pytest.mark.parametrize("reuse_port", [False, True])
+@not_portable.loop_accepts
+async def test_client_between_the_last_look_at_the_queue_and_the_close_is_not_reset(
+    *, reuse_port: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused; where a port is shared, it tries again, and reaches another server."""
+    is_readable = acceptor._is_readable
+    outcomes: list[int] = []
+    with contextlib.ExitStack() as clients:
+
+        def look(listening: socket.socket) -> bool:
+            found = is_readable(listening)
+            if not found:
+                client = clients.enter_context(socket.socket())
+                client.settimeout(0.1)
+                outcomes.append(client.connect_ex(listening.getsockname()))
+            return found
+
+        async with serving(App(), port=0, reuse_port=reuse_port) as server, connect(server) as connection:
+            connection.ask("/")
+            assert b"hello" in await connection.answer()
+            monkeypatch.setattr(acceptor, "_is_readable", look)
+            await server.aclose()
+    assert outcomes == [errno.EAGAIN if reuse_port else errno.ECONNREFUSED]
 
 
 async def test_requests_in_the_accept_queue_are_answered_in_the_servers_context() -> None:

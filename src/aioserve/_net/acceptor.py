@@ -119,7 +119,7 @@ class Acceptor:
             listener.remove_file()
         if self._is_used:
             tcp = [each.socket for each in self._listeners if not each.lent and each.path is None]
-            _drop_new_connections(tcp, has_clients=bool(self.handlers))
+            _end_new_connections(tcp, has_clients=bool(self.handlers))
         for retry in self._retries.values():
             retry.cancel()
         self.has_rest = True
@@ -313,25 +313,39 @@ class _Reserve:
         return descriptor is not None
 
 
+_NO_INTERFACE = 2**31 - 1
+_SO_BINDTOIFINDEX = 62  # asm-generic/socket.h, Linux 5.1; not in Python's module
+_SO_ATTACH_FILTER = 26
 # A classic BPF program: load byte 13 of the TCP header, and accept the packet unless the SYN bit (2) is set in it.
 _NO_SYN = array("B", struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF))
 _NO_SYN_FILTER = struct.pack("HP", 4, _NO_SYN.buffer_info()[0])  # the number of instructions, and where they are
-_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's module
 
 
-def _drop_new_connections(listening: Iterable[socket.socket], *, has_clients: bool) -> None:
+def _end_new_connections(listening: Iterable[socket.socket], *, has_clients: bool) -> None:
     """
     Let no new connection begin, so that none comes between the last look at the queue and the close, which resets it.
 
-    On Linux, and for TCP. The clients try again after a second, and are refused then, or reach the next server. On
-    another processor, one may be between its SYN and the end of its handshake, which takes some microseconds. That is
-    waited for where requests are in flight; where nobody is answered, hardly anybody connects.
+    On Linux, and for TCP: a socket that is bound to no interface that exists is not found by new clients, which are
+    refused, or reach another socket on the port. Only among sockets that share their port (SO_REUSEPORT), the kernel
+    may choose it nevertheless, so there a filter drops the SYN of a client, which tries again after a second.
+
+    On another processor, a client may be between its SYN and the end of its handshake, which takes some microseconds.
+    That is waited for where requests are in flight; where nobody is answered, hardly anybody connects.
     """
     for sock in listening if sys.platform == "linux" else ():
-        with suppress(OSError):  # not on this architecture, or in this sandbox
-            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
+        is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        if is_shared or not _set(sock, _SO_BINDTOIFINDEX, _NO_INTERFACE):
+            _set(sock, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
     if has_clients:
         time.sleep(_limits.LAST_HANDSHAKES)
+
+
+def _set(sock: socket.socket, option: int, value: Any) -> bool:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, value)
+    except OSError:  # not on this architecture, in this sandbox, or with an older Linux
+        return False
+    return True
 
 
 def _refuse_connections(sock: socket.socket) -> None:
