@@ -64,9 +64,7 @@ class LingeringSockets:
 class _LingeringSocket:
     _timer: asyncio.TimerHandle | None = None
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, number: int, seconds: float, on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, loop: Any, number: int, seconds: float, on_end: Callable[[], None]) -> None:
         self._loop = loop
         self._seconds = seconds
         self._on_end = on_end

@@ -6,7 +6,6 @@ A raw transport is the one with the socket: the transport itself, or the one bel
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 import struct
@@ -172,9 +171,7 @@ class FlushWatch:
     asyncio waits half a minute for the client's close_notify, which the client need not send. (RFC 8446, 6.1.)
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, transport: Any, raw: Any, hang_up: Callable[[Any], object]
-    ) -> None:
+    def __init__(self, loop: Any, transport: Any, raw: Any, hang_up: Callable[[Any], object]) -> None:
         self._loop = loop
         self._transport = transport
         self._raw = raw

@@ -19,13 +19,7 @@ from aioserve._log import uvicorn_logger
 from aioserve._uvicorn.logs import silence_expected_errors
 
 
-def disconnect(
-    cycle: Any,
-    loop: asyncio.AbstractEventLoop,
-    may_have_unread: Callable[[Any], bool],
-    *,
-    end_response: bool = False,
-) -> None:
+def disconnect(cycle: Any, loop: Any, may_have_unread: Callable[[Any], bool], *, end_response: bool = False) -> None:
     """
     Let `receive()` say `http.disconnect` from now on, after what has arrived of the request.
 
