@@ -17,7 +17,7 @@ from pathlib import Path
 FILE = 400
 CLASS = 250
 FUNCTION = 60  # a screen
-ALL = 11_300  # raise it only for a feature that is worth its lines
+ALL = 11_350  # raise it only for a feature that is worth its lines
 
 
 def length(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -95,12 +95,7 @@ async def finish(
         await condition.turns(_limits.LAST_MESSAGE_TURNS)
 
     # Force.
-    cancelling = _Cancelling(work)
-    ended = [(each, bool(handler.cancelling())) for handler, each in late if handler.done()]
-    report = Report(disconnected=tuple(each for each, cancelled in ended if not cancelled))
-    report.cancelled = tuple(
-        each for each, cancelled in ended if cancelled
-    )  # by asyncio.run(), which cancels all tasks
+    cancelling, report = _Cancelling(work), _report_ended(late)
     if not work.is_finished():
         until = loop.time() + _limits.CANCELLED_HANDLERS
         while cancelling.has_more() and loop.time() < until:
@@ -114,6 +109,14 @@ async def finish(
         report.cancelled += cancelling.descriptions()
     if report.was_forced:
         logger.warning("%s%s", report.summary(name), _advice(report, advice))
+    return report
+
+
+def _report_ended(handlers: Iterable[tuple[Any, UnfinishedHandler]]) -> Report:
+    """Report those that have ended by a disconnect, or were cancelled by somebody else, as `asyncio.run()` does it."""
+    ended = [(each, bool(handler.cancelling())) for handler, each in handlers if handler.done()]
+    report = Report(disconnected=tuple(each for each, cancelled in ended if not cancelled))
+    report.cancelled = tuple(each for each, cancelled in ended if cancelled)
     return report
 
 
