@@ -332,10 +332,11 @@ def _end_new_connections(listening: Iterable[socket.socket], *, has_clients: boo
     On another processor, a client may be between its SYN and the end of its handshake, which takes some microseconds.
     That is waited for where requests are in flight; where nobody is answered, hardly anybody connects.
     """
-    for sock in listening if sys.platform == "linux" else ():
-        is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
-        if is_shared or not _set(sock, _SO_BINDTOIFINDEX, _NO_INTERFACE):
-            _set(sock, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
+    if sys.platform == "linux":
+        for sock in listening:
+            is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+            if is_shared or not _set(sock, _SO_BINDTOIFINDEX, _NO_INTERFACE):
+                _set(sock, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
     if has_clients:
         time.sleep(_limits.LAST_HANDSHAKES)
 
