@@ -183,7 +183,6 @@ class ServerHandle:
         late: asyncio.CancelledError | None = None
         if not cancellations:
             try:
-                await asyncio.sleep(0)  # an idle server closes in this turn of the loop; the event would take another
                 await closed.wait()
             except asyncio.CancelledError as exc:
                 late, cancellations = exc, int(_is_native(exc))
