@@ -210,9 +210,9 @@ def handled_by(task: asyncio.Task[Any]) -> Any:
 
     It is the `self` of uvicorn's `run_asgi()`, which a task factory may have wrapped in coroutines of its own.
     """
-    if task.done():  # and CPython 3.12.1 crashes where an eager task that is done is asked for its coroutine
-        return None
     try:
+        if task.done():  # and CPython 3.12.1 crashes where an eager task that is done is asked for its coroutine
+            return None
         coroutine: Any = task.get_coro()
         is_running = getattr(coroutine, "cr_running", False)
         frame = _called_run_asgi(coroutine.cr_frame) if is_running else _awaited_run_asgi(coroutine)
