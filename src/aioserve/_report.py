@@ -227,7 +227,7 @@ def frames_of(task: asyncio.Task[Any]) -> dict[FrameType, str]:
 
 def _frames_of(task: asyncio.Task[Any], seen: list[asyncio.Task[Any]]) -> dict[FrameType, str]:
     seen.append(task)
-    frames = _frames_of_coroutine(task.get_coro())
+    frames = {} if task.done() else _frames_of_coroutine(task.get_coro())
     inner: dict[FrameType, str] = {}
     for each in _inner_tasks(task, frames):
         if len(seen) == _limits.INNER_TASKS or own_line(inner):
@@ -276,7 +276,7 @@ def awaited_thread(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
     """What a task waits for, by itself or by another task, until a thread is done; `None` if it waits for none."""
     tasks = [task]
     for each in tasks:
-        frames = _frames_of_coroutine(each.get_coro())
+        frames = {} if each.done() else _frames_of_coroutine(each.get_coro())
         innermost = next(reversed(frames), None)  # further out, it would wait for its turn to use a thread
         if innermost is not None and is_in_thread([innermost]) and not _variable(innermost, "abandon_on_cancel"):
             return getattr(each, "_fut_waiter", None)
