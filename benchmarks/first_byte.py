@@ -24,7 +24,7 @@ from functools import partial
 from common import measuring, peers
 from common.clients import GET
 
-NAMES = ("bare", "aioserve", "aiohttp", "aiohttp, app anew", "hypercorn", "anycorn", "h2corn", "uvicorn, task")
+NAMES = ("bare", "aioserve", "aiohttp", "aiohttp, new app", "hypercorn", "anycorn", "h2corn", "uvicorn, task")
 
 
 async def first_byte(port: int) -> None:

@@ -26,7 +26,7 @@ import uvicorn
 
 from common import children, measuring, peers
 
-NAMES = ("bare", "sketch", "aioserve", "aiohttp", "aiohttp, app anew", "hypercorn", "anycorn")
+NAMES = ("bare", "sketch", "aioserve", "aiohttp", "aiohttp, new app", "hypercorn", "anycorn")
 WEIGHED = (*NAMES, "uvicorn's objects", "uvicorn, task")
 
 

@@ -286,6 +286,16 @@ def aiohttp(*, anew: bool = False) -> Start:
     return start
 
 
+def _configured(config: Any) -> Any:
+    """Set what hypercorn and anycorn, a fork of it, call by the same names."""
+    config.bind = [f"{HOST}:0"]
+    config.backlog = BACKLOG
+    config.errorlog = config.accesslog = None
+    config.graceful_timeout = GRACE
+    config.keep_alive_timeout = KEEP_ALIVE
+    return config
+
+
 def hypercorn() -> Start:
     """Its `serve()` with a `shutdown_trigger`; that it has started, and where, it says only in its log."""
     from hypercorn.asyncio import serve
@@ -300,12 +310,7 @@ def hypercorn() -> Start:
                 self.started.set_result(message)
 
     async def start() -> Running:
-        config = Config()
-        config.bind = [f"{HOST}:0"]
-        config.backlog = BACKLOG
-        config.errorlog = config.accesslog = None
-        config.graceful_timeout = GRACE
-        config.keep_alive_timeout = KEEP_ALIVE
+        config = _configured(Config())
         config.logger_class = Announcing
         Announcing.started = started = asyncio.get_running_loop().create_future()
         ask = asyncio.Event()
@@ -334,12 +339,7 @@ def anycorn() -> Start:
             self.addresses.set_result(value)
 
     async def start() -> Running:
-        config = Config()
-        config.bind = [f"{HOST}:0"]
-        config.backlog = BACKLOG
-        config.errorlog = config.accesslog = None
-        config.graceful_timeout = GRACE
-        config.keep_alive_timeout = KEEP_ALIVE
+        config = _configured(Config())
         status, ask = Status(), asyncio.Event()
         running = asyncio.create_task(serve(app, config, shutdown_trigger=ask.wait, task_status=status))  # type: ignore[arg-type, unused-ignore]
         addresses = await status.addresses
@@ -496,7 +496,7 @@ PEERS: dict[str, Callable[[], Start]] = {
     "aioserve": aioserve,
     "aioserve, thread": aioserve_thread,
     "aiohttp": aiohttp,
-    "aiohttp, app anew": partial(aiohttp, anew=True),
+    "aiohttp, new app": partial(aiohttp, anew=True),
     "hypercorn": hypercorn,
     "anycorn": anycorn,
     "h2corn": h2corn,

@@ -22,7 +22,7 @@ COLUMNS = (
     "sketch",
     "aioserve",
     "aiohttp",
-    "aiohttp, app anew",
+    "aiohttp, new app",
     "hypercorn",
     "anycorn",
     "h2corn",

@@ -75,13 +75,13 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     passed, others = _check(options)
     if isinstance(app, str):
         _check_import_string(app)
-    settings = Settings(make_config(app, passed), *others)
+    settings = Settings(config=make_config(app, passed), **others)
     if options.get("log_level") is not None or options.get("access_log"):
         warn_if_unseen(level=options.get("log_level"), access_log=options.get("access_log", False))
     return settings._replace(**_notifications(options["systemd"])) if options.get("systemd") else settings
 
 
-def _check(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+def _check(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if _CHECKED_EACH_TIME.isdisjoint(options):
         try:
             return _checked_once(**options)
@@ -90,15 +90,21 @@ def _check(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]
     return _checked(**options)
 
 
-def _checked(**options: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """Check the options; return those for `uvicorn.Config`, and the settings behind `config`."""
+def _checked(**options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check the options; return those for `uvicorn.Config`, and the settings beside `config`."""
     _options.check_names(options)
     _options.check_values(options)
     # uvicorn's access_log=False removes the handlers of its logger, for every server of the process. So it is not
     # passed on; each connection is told instead. Likewise, logging is set up only where an option asks for it.
     passed = {name: value for name, value in options.items() if name not in _NOT_PASSED}
-    others = _how_to_bind(options), options.get("ssl"), options.get("access_log", True), *_timeouts(options).values()
-    return passed, (*others, _signals(options), options.get("cancel_on_disconnect", False))
+    return passed, {
+        "bind": _how_to_bind(options),
+        "ssl": options.get("ssl"),
+        "access_log": options.get("access_log", True),
+        "stop_on_signals": _signals(options),
+        "cancel_on_disconnect": options.get("cancel_on_disconnect", False),
+        **_timeouts(options),
+    }
 
 
 _checked_once = lru_cache(typed=True)(_checked)  # most servers of a program have the same options

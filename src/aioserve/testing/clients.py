@@ -137,10 +137,14 @@ def make_client(
 
 def _default_client_class() -> Any:
     module = _import("httpx2", "httpx")
-    if module.__name__ == "httpx2":
-        return module.AsyncClient
+    return module.AsyncClient if module.__name__ == "httpx2" else _client_of_httpx(module.AsyncClient)
 
-    class ClientOfHttpx(module.AsyncClient):  # type: ignore[misc, name-defined]
+
+@functools.cache
+def _client_of_httpx(base: type[Any]) -> type[Any]:
+    """Return the class with errors that say what only httpx2 has."""
+
+    class ClientOfHttpx(base):  # type: ignore[misc]
         def __getattr__(self, name: str) -> Any:
             also = "; httpx2 has one: pip install 'aioserve-asgi[testing]'" if name in ("sse", "websocket") else ""
             raise AttributeError(f"httpx's client has no {name}(){also}", name=name, obj=self)
