@@ -86,7 +86,8 @@ def test_picture_of_failing_tests_shows_their_report(
 ) -> None:
     """It names the exception of the app, and where the handler hung."""
     monkeypatch.setenv("COLUMNS", "110")
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    for name in ("PYTEST_ADDOPTS", "CI", "BUILD_NUMBER"):  # with the last two, pytest does not shorten its summary
+        monkeypatch.delenv(name, raising=False)
     pytester.makepyfile(test_shop=FAILING)
     plain = ("-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:logging", "--color=yes", "--tb=short", "-q")
     done = pytester.runpytest_subprocess(*WITHOUT_ASYNCIO, *plain)
