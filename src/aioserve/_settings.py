@@ -1,6 +1,6 @@
 """From an app and its options to checked settings."""
 
-# Without annotations from the future: a NamedTuple compiles each that is a string.
+from __future__ import annotations
 
 import inspect
 import os
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from ssl import SSLContext
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import uvicorn
 
@@ -27,7 +27,9 @@ _NOT_PASSED = _options.OWN_OPTIONS | {"access_log"}
 _CHECKED_EACH_TIME = _options.LISTEN_OPTIONS | WITH_EFFECTS | {"ssl", "stop_on_signals"}  # not to be remembered
 
 
-class Settings(NamedTuple):
+class Settings:
+    """What `parse()` returns: a plain class, since a NamedTuple takes half a millisecond at the import."""
+
     config: uvicorn.Config
     bind: listeners.Bind
     ssl: SSLContext | None
@@ -48,15 +50,21 @@ class Settings(NamedTuple):
     watchdog: tuple[float, Callable[[], None]] | None = None
     """What to call from the loop, and each how many seconds, so that systemd sees that the loop is not blocked."""
 
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
+
+    def replace(self, **settings: Any) -> Self:
+        return type(self)(**(vars(self) | settings))
+
     def notify_systemd(self, state: str) -> None:
         if state in self.systemd_states:
             from aioserve._net.systemd import notify  # imported already, since its sockets were asked for
 
             notify(state)
 
-    def as_service(self) -> "Settings":
+    def as_service(self) -> Settings:
         """Return the settings of a server that is all of its service, even if it asked for a socket with a name."""
-        return self._replace(**_notifications(True)) if self.systemd_states == _OF_ONE_SERVER else self
+        return self.replace(**_notifications(True)) if self.systemd_states == _OF_ONE_SERVER else self
 
 
 def parse(app: App, options: Mapping[str, Any]) -> Settings:
@@ -78,7 +86,7 @@ def _from_options(app: App, options: Mapping[str, Any]) -> Settings:
     settings = Settings(config=make_config(app, passed), **others)
     if options.get("log_level") is not None or options.get("access_log"):
         warn_if_unseen(level=options.get("log_level"), access_log=options.get("access_log", False))
-    return settings._replace(**_notifications(options["systemd"])) if options.get("systemd") else settings
+    return settings.replace(**_notifications(options["systemd"])) if options.get("systemd") else settings
 
 
 def _check(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

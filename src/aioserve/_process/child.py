@@ -61,7 +61,7 @@ def run(app: str, descriptors: str) -> int:
         send(messages.failed(exc))
         return program.NOT_STARTED
     if handover.alive_interval is not None:
-        settings = settings._replace(watchdog=(handover.alive_interval, partial(send, {"event": "alive"})))
+        settings = settings.replace(watchdog=(handover.alive_interval, partial(send, {"event": "alive"})))
     return program.run(settings, send, listeners=listeners, signals=signals)
 
 

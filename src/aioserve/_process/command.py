@@ -187,7 +187,7 @@ def command(ctx: click.Context, /, app: str, for_parent: str | None, **given: An
     except Exception as exc:  # (a logging configuration can raise anything)
         raise click.UsageError(message_of(exc)) from exc
 
-    settings = settings.as_service()._replace(started_hint=" (Press CTRL+C to quit)", app_dir=app_dir)
+    settings = settings.as_service().replace(started_hint=" (Press CTRL+C to quit)", app_dir=app_dir)
     is_logged = "log_config" not in given and is_in_one_place()
     return run(settings, partial(report_event, ready_fd=ready_fd, is_logged=is_logged), loop=loop)
 

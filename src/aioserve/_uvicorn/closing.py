@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioserve._uvicorn.http2 import is_undecided
 from aioserve._uvicorn.logs import pass_on_interrupts
-from aioserve._uvicorn.protocols import Observer, is_http, unanswered_cycles
+from aioserve._uvicorn.protocols import is_http, unanswered_cycles
+
+if TYPE_CHECKING:
+    from aioserve._uvicorn.protocols import Observer
 
 CLOSE = (b"connection", b"close")
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioserve import _limits
 from aioserve._uvicorn.closing import ClosingState
-from aioserve._uvicorn.protocols import Observer
+
+if TYPE_CHECKING:
+    from aioserve._uvicorn.protocols import Observer
 
 _ANY_STREAM = 2**31 - 1
 _PING = b"\0\0\x08\x06\0\0\0\0\0"  # the head of the frame (RFC 9113, 4.1 and 6.7)

@@ -11,23 +11,23 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from uvicorn.server import ServerState
 
-from aioserve._uvicorn.protocols import Observer
+if TYPE_CHECKING:  # each Protocol takes a tenth of a millisecond at the import
+    from aioserve._uvicorn.protocols import Observer
 
+    class Heads(Protocol):
+        """What looks for clients that take too long to send the head of a request."""
 
-class Heads(Protocol):
-    """What looks for clients that take too long to send the head of a request."""
+        interval: float
+        """Seconds between two looks."""
 
-    interval: float
-    """Seconds between two looks."""
-
-    def look(self, connections: Iterable[Any]) -> None: ...
-    def forget(self, connection: Any) -> None: ...
-    def close(self) -> None: ...
+        def look(self, connections: Iterable[Any]) -> None: ...
+        def forget(self, connection: Any) -> None: ...
+        def close(self) -> None: ...
 
 
 def create_state(config: uvicorn.Config, observer: Observer, on_limit: Callable[[int], None]) -> TrackedState:

@@ -117,8 +117,9 @@ def make_client(
     client_class = client_class or _default_client_class()
     base = next(each for each in client_class.__mro__ if each.__name__ == "AsyncClient")
     module = import_module(base.__module__.partition(".")[0])
-    for name in options.keys() & Options.__optional_keys__ - inspect.signature(base).parameters.keys():
-        raise TypeError(f"{name} is an option of a server, not of a client; start the server first, and pass that")
+    for name in options.keys() & Options.__optional_keys__:
+        if name not in inspect.signature(base).parameters:
+            raise TypeError(f"{name} is an option of a server, not of a client; start the server first, and pass that")
     url = server.url
     scheme, _, address = url.partition("://")
     if "verify" not in options:
