@@ -7,9 +7,9 @@ Until a stop is asked for, this only counts them in and out. Then a `Closer` dec
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserve import _limits
@@ -58,9 +58,10 @@ class Connections:
             from aioserve._uvicorn.cancelling import CancellableTasks  # only where it is asked for
 
             self.state.tasks = self._cancellable = CancellableTasks()
+        self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self.acceptor: Acceptor = acceptor(
             listeners,
-            functools.partial(protocols.create_protocol, config, self.state, lifespan, settings.access_log),
+            partial(protocols.create_protocol, config, self.state, lifespan, settings.access_log, bool(self._renamed)),
             ssl=config.ssl,
             handshake_timeout=settings.header_timeout,
             backlog=config.backlog,
@@ -69,7 +70,6 @@ class Connections:
         self.acceptor.handlers = self.state.tasks
         self._condition, self._loop = condition, condition.loop
         self._has_tls = config.ssl is not None
-        self._renamed = [each for each in listeners if each.file_path is not None or each.bound_as is not None]
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
         self.has_more_requests: Callable[[Any], bool] = self._closer.has_more_requests
         self._header_timeout = settings.header_timeout
@@ -225,7 +225,7 @@ class Connections:
             # It was accepted in the last moment, or has just been upgraded: to a WebSocket that the app may accept.
             grace = _limits.PARTIAL_REQUEST if self._has_tls else _limits.FIRST_REQUEST
             turns = 1 if protocols.is_http(connection) else 1 + _limits.SETTLING_TURNS
-            after_turns(self._loop, turns, functools.partial(self._close_if_unneeded, connection, grace=grace))
+            after_turns(self._loop, turns, partial(self._close_if_unneeded, connection, grace=grace))
             self._watch_handlers_soon()
 
     def connection_removed(self, connection: Any) -> None:

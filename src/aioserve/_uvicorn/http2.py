@@ -7,8 +7,9 @@ bytes decide between HTTP/1 and HTTP/2; until then, it is *undecided*.
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from typing import Any, Literal
+from weakref import ref
 
 from aioserve import _limits
 
@@ -56,15 +57,12 @@ def awaited_head(connection: Any) -> object:
 
 def count_streams(connection: Any) -> None:
     """Let a connection be closed in order after some number of streams: zttp 0.0.35 breaks it off at the 4,097th."""
-    connection.__class__ = _counting_class(type(connection))  # type: ignore[arg-type]
+    # Not by another class: CPython 3.13 reads the attributes of an object that has changed its class more slowly.
+    connection.handle_request = partial(_handle_request, ref(connection))
 
 
-@functools.lru_cache
-def _counting_class(http2_class: Any) -> Any:
-    class CountingHTTP2(http2_class):  # type: ignore[misc]
-        def handle_request(self, event: Any) -> None:
-            if event.stream_id > 2 * _limits.HTTP2_REQUESTS:  # a client's have odd numbers
-                self.connections.observer.retire(self)
-            super().handle_request(event)
-
-    return CountingHTTP2
+def _handle_request(connection_ref: ref[Any], event: Any) -> None:
+    connection: Any = connection_ref()
+    if event.stream_id > 2 * _limits.HTTP2_REQUESTS:  # a client's have odd numbers
+        connection.connections.observer.retire(connection)
+    type(connection).handle_request(connection, event)

@@ -52,33 +52,36 @@ Whether a connection can be closed, by what has been read of it:
 
 
 def create_protocol(
-    config: uvicorn.Config, server_state: ServerState, lifespan: Lifespan, access_log: bool
+    config: uvicorn.Config, server_state: ServerState, lifespan: Lifespan, access_log: bool, is_named: bool
 ) -> asyncio.Protocol:
-    """Make what handles a connection that was accepted."""
-    protocol: Any = config.http_protocol_class(
-        config=config,  # type: ignore[call-arg]  # uvicorn types it as a bare asyncio.Protocol
-        server_state=server_state,
-        app_state=lifespan.state,
-    )
+    """Make what handles a connection that was accepted, and whether `name_server()` will be called for it."""
+    protocol_class: Any = config.http_protocol_class
+    if is_named:
+        protocol_class = _named_class(protocol_class)
+    protocol: asyncio.Protocol = protocol_class(config=config, server_state=server_state, app_state=lifespan.state)
     if not access_log:
-        protocol.access_log = False
-    return protocol  # type: ignore[no-any-return]
+        protocol.access_log = False  # type: ignore[attr-defined]
+    return protocol
 
 
 def name_server(connection: Any, paths: Mapping[Any, str | bytes | None]) -> None:
     """Let `scope["server"]` have the path of a Unix socket, by the name by which that was bound."""
     connection.server_paths = paths
-    connection.__class__ = _named_class(type(connection))  # type: ignore[arg-type]
+    if not hasattr(type(connection), "server_paths"):  # uvicorn has made it: for a WebSocket, or for HTTP/2
+        connection.__class__ = _named_class(type(connection))  # type: ignore[arg-type]
 
 
 @functools.lru_cache
 def _named_class(protocol_class: type[Any]) -> type[Any]:
     def set_server(self: Any, server: Any) -> None:
-        name = self.transport.get_extra_info("sockname") if server is None else server[0]  # None: uvicorn 0.40
-        path = self.server_paths.get(name)
+        path = None
+        if self.server_paths is not None:  # else uvicorn is just making it
+            name = self.transport.get_extra_info("sockname") if server is None else server[0]  # None: uvicorn 0.40
+            path = self.server_paths.get(name)
         self.server_name = server if path is None else (path, None)
 
     class Named(protocol_class):  # type: ignore[misc]
+        server_paths: Mapping[Any, str | bytes | None] | None = None
         server = property(operator.attrgetter("server_name"), set_server)  # no Python call to read it
 
     return Named
