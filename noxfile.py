@@ -43,10 +43,10 @@ WITHOUT_PROGRAMS = [f"--ignore={folder}" for folder in PROGRAMS]
 # Tests of what a loop has only on Unix, besides.
 WITHOUT_UNIX = [*WITHOUT_PROGRAMS, "--ignore=tests/sockets"]
 
-# What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols. Each is there once.
+# What else the suite can be run on: asyncio's debug mode, eager tasks, and uvicorn's protocols. Each is there once, and
+# httptools and websockets-sansio in all other sessions: the newest uvicorn takes them where no option says another.
 VARIANTS = {
     "debug": ["--loop", "debug", "--http", "h11", "--ws", "websockets"],
-    "sansio": ["--loop", "asyncio", "--http", "httptools", "--ws", "websockets-sansio"],
     "eager": ["--loop", "eager", "--http", "zttp", "--ws", "wsproto"],
 }
 
