@@ -330,15 +330,17 @@ def _end_new_connections(listening: Iterable[socket.socket], *, has_clients: boo
     may choose it nevertheless, so there a filter drops the SYN of a client, which tries again after a second.
 
     On another processor, a client may be between its SYN and the end of its handshake, which takes some microseconds.
-    That is waited for where requests are in flight; where nobody is answered, hardly anybody connects.
+    That is waited for where requests are in flight, or the port is shared; elsewhere, hardly anybody connects.
     """
+    handshakes = _limits.LAST_HANDSHAKES if has_clients else 0.0
     if sys.platform == "linux":
         for sock in listening:
             is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+            handshakes = _limits.SHARED_HANDSHAKES if is_shared else handshakes
             if is_shared or not _set(sock, _SO_BINDTOIFINDEX, _NO_INTERFACE):
                 _set(sock, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
-    if has_clients:
-        time.sleep(_limits.LAST_HANDSHAKES)
+    if handshakes:
+        time.sleep(handshakes)
 
 
 def _set(sock: socket.socket, option: int, value: Any) -> bool:
