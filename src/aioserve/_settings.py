@@ -51,6 +51,7 @@ class Settings:
     """What to call from the loop, and each how many seconds, so that systemd sees that the loop is not blocked."""
 
     def __init__(self, **settings: Any) -> None:
+        assert settings.keys() <= type(self).__annotations__.keys(), settings
         vars(self).update(settings)
 
     def replace(self, **settings: Any) -> Self:

@@ -329,8 +329,8 @@ def _end_new_connections(listening: Iterable[socket.socket], *, has_clients: boo
     refused, or reach another socket on the port. Only among sockets that share their port (SO_REUSEPORT), the kernel
     may choose it nevertheless, so there a filter drops the SYN of a client, which tries again after a second.
 
-    On another processor, a client may be between its SYN and the end of its handshake, which takes some microseconds.
-    That is waited for where requests are in flight, or the port is shared; elsewhere, hardly anybody connects.
+    On another processor, a handshake may be under way, for some microseconds of which the kernel does not tell. That is
+    waited for where requests are in flight, or the port is shared; elsewhere, hardly anybody connects.
     """
     handshakes = _limits.LAST_HANDSHAKES if has_clients else 0.0
     if sys.platform == "linux":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+import uvicorn
 from uvicorn.server import ServerState
 
 from aioserve import _limits
@@ -51,13 +52,14 @@ Whether a connection can be closed, by what has been read of it:
 
 
 def create_protocol(
-    config: Any, server_state: ServerState, lifespan: Lifespan, access_log: bool, is_named: bool
+    config: uvicorn.Config, server_state: ServerState, lifespan: Lifespan, access_log: bool, is_named: bool
 ) -> asyncio.Protocol:
     """Make what handles a connection that was accepted, and whether `name_server()` will be called for it."""
-    make: Any = _named_class(config.http_protocol_class) if is_named else config.http_protocol_class
+    protocol_class: Any = config.http_protocol_class  # uvicorn types it as a bare asyncio.Protocol
+    make = _named_class(protocol_class) if is_named else protocol_class
     protocol: asyncio.Protocol = make(config=config, server_state=server_state, app_state=lifespan.state)
     if not access_log:
-        protocol.access_log = False  # type: ignore[attr-defined]
+        protocol.access_log = False  # type: ignore[attr-defined]  # all of uvicorn's have it
     return protocol
 
 
