@@ -10,6 +10,7 @@ What follows `--` goes to pytest. What names no Python runs on the one that runs
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import tempfile
@@ -64,7 +65,7 @@ def run_suite(session: nox.Session, *options: str) -> None:
         "import platform; from importlib.metadata import version as v; "
         "print('uvicorn', v('uvicorn'), 'anyio', v('anyio'), 'python', platform.python_version(), flush=True)",
     )
-    session.run("python", "-m", "pytest", "-n", "2", "--every", "10", "--durations", "10", *options, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "3", "--every", "10", "--durations", "10", *options, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
@@ -103,7 +104,9 @@ def portable(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """What needs programs that pip does not install; `.ci/run` does."""
     session.install(*NEWEST, "-e", ".[integration]")
-    session.run("python", "-m", "pytest", "-n", "3", "--integration", "tests/integration", *session.posargs)
+    session.run(
+        "python", "-m", "pytest", "-n", "3", "--durations", "40", "--integration", "tests/integration", *session.posargs
+    )
 
 
 @nox.session
@@ -125,7 +128,8 @@ def types(session: nox.Session) -> None:
     # What cannot be run here, can be read.
     for system in ("linux", "darwin", "win32"):
         for python in (PYTHONS[0], PYTHONS[-1]):
-            session.run("mypy", "--platform", system, "--python-version", python, "src")
+            # Without a cache, which would be that of another system.
+            session.run("mypy", "--cache-dir", os.devnull, "--platform", system, "--python-version", python, "src")
     # It looks at what is installed, in the active environment only, and must not find the checkout.
     with tempfile.TemporaryDirectory() as away, session.chdir(away):
         session.run("pyright", "--ignoreexternal", "--verifytypes", "aioserve")

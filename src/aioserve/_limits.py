@@ -11,7 +11,6 @@ FIRST_REQUEST = 0.25  # for a connection that has sent nothing yet to send its f
 PARTIAL_REQUEST = 1.0  # for the next byte of a request of which a part has come; and after a TLS handshake
 HTTP2_STREAMS = 1.0  # without a moment in which no stream is open, until a client is told to open no more
 LAST_HANDSHAKES = 0.0002  # for the kernel to complete the handshakes of TCP that have begun when a port is closed
-SHARED_HANDSHAKES = 0.001  # the same for a port that others share, who would have answered those clients
 HTTP2_QUIET = 1.0  # for a client without a stream to send other frames than those that begin one
 HTTP2_ACKNOWLEDGEMENT = 0.25  # for a client to tell that it has read its last answer, before its connection closes
 HTTP2_RECENT = 0.02  # the same for one that was idle at the stop, if it had its last answer no longer ago than that

@@ -34,7 +34,12 @@ PAUSE = 0.005
 # How long a server that stops waits for the first request of a connection, in seconds.
 FIRST_REQUEST = 0.25
 
-counts: Counter[str] = Counter(answered=0, refused=0, unsent=0, late=0, unanswered=0, broken=0, stalled=0)
+# A connection or a request that takes longer is counted, in seconds.
+LONG = 3
+
+counts: Counter[str] = Counter(
+    answered=0, refused=0, unsent=0, late=0, unanswered=0, broken=0, unconnected=0, stalled=0
+)
 ended = threading.Event()
 context: ssl.SSLContext | None = None
 
@@ -63,6 +68,8 @@ async def client(address: str, *, keep_alive: bool) -> None:
                 counts["unsent"] += 1
                 await asyncio.sleep(PAUSE)
                 continue
+        connected = time.monotonic()
+        counts["unconnected"] += connected - began > LONG
         head = b""
         try:
             writer.write(REQUEST if keep_alive else FRESH_REQUEST)
@@ -77,7 +84,7 @@ async def client(address: str, *, keep_alive: bool) -> None:
         except OSError:
             counts["broken" if head else "late" if is_late else "unanswered"] += 1
             head = b"connection: close"
-        counts["stalled"] += time.monotonic() - began > 3
+        counts["stalled"] += time.monotonic() - connected > LONG
         if b"connection: close" in head.lower():
             writer.transport.abort()
             writer = None
@@ -88,12 +95,13 @@ async def client(address: str, *, keep_alive: bool) -> None:
 def blocking_client(address: str) -> None:
     """Send one request after the other, in a thread."""
     while not ended.is_set():
-        began = time.monotonic()
+        began = connected = time.monotonic()
         received = b""
         failure = "unsent"
         with socket.socket(socket.AF_INET if address.isdecimal() else socket.AF_UNIX) as plain:
             try:
                 plain.connect(("127.0.0.1", int(address)) if address.isdecimal() else address)
+                connected = time.monotonic()
                 with plain if context is None else context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
                     sock.sendall(FRESH_REQUEST)
                     failure = "late" if time.monotonic() - began > FIRST_REQUEST else "unanswered"
@@ -109,7 +117,8 @@ def blocking_client(address: str) -> None:
             counts["answered"] += 1
         else:
             counts["broken" if received else failure] += 1
-        counts["stalled"] += time.monotonic() - began > 3
+        counts["unconnected"] += connected - began > LONG
+        counts["stalled"] += time.monotonic() - connected > LONG
 
 
 async def main(address: str, clients: int, kind: str) -> None:

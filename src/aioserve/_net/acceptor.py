@@ -332,15 +332,14 @@ def _end_new_connections(listening: Iterable[socket.socket], *, has_clients: boo
     On another processor, a handshake may be under way, for some microseconds of which the kernel does not tell. That is
     waited for where requests are in flight, or the port is shared; elsewhere, hardly anybody connects.
     """
-    handshakes = _limits.LAST_HANDSHAKES if has_clients else 0.0
     if sys.platform == "linux":
         for sock in listening:
-            is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
-            handshakes = _limits.SHARED_HANDSHAKES if is_shared else handshakes
+            is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) != 0
+            has_clients = has_clients or is_shared
             if is_shared or not _set(sock, _SO_BINDTOIFINDEX, _NO_INTERFACE):
                 _set(sock, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
-    if handshakes:
-        time.sleep(handshakes)
+    if has_clients:
+        time.sleep(_limits.LAST_HANDSHAKES)
 
 
 def _set(sock: socket.socket, option: int, value: Any) -> bool:
