@@ -142,7 +142,7 @@ async def roll_under_load(
     """
     Replace the server by a new one on the same port, each time when the new one has started; every fifth one fails.
 
-    Clients may take long to connect: the kernel sends a SYN again after a second if a server that closes has dropped it.
+    A client may take long to connect: the kernel sends a SYN again after a second if a closing server has dropped it.
     """
     app = Counting()
     server = await start(app, reuse_port=True, **options)
