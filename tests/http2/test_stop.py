@@ -199,6 +199,38 @@ async def test_connection_that_has_just_been_answered_is_asked_by_a_ping(monkeyp
     assert client.pings
 
 
+@not_portable.unread
+@not_portable.resets
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_stream_that_crosses_the_goaway_of_an_idle_connection_resets_nothing(
+    encrypted: bool, tls: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client has acknowledged the last answer, and learns by the GOAWAY that it can send the request again."""
+    monkeypatch.setattr(_limits, "HTTP2_RECENT", 60)
+    monkeypatch.setattr(_limits, "HTTP2_LINGER", 60)
+    options, context = (tls[0], http2_context(tls[1])) if encrypted else ({}, None)
+    async with (
+        serving(StreamApp(), http2=True, **options) as server,
+        connect(server, context, acknowledges=False) as client,
+    ):
+        for _ in range(3):
+            await client.answer(client.ask())
+        server.close()
+        await client.until(lambda: client.pings)
+        (connection,) = server._engine.connections.state.connections
+        flush = connection.flush
+
+        def flush_and_be_crossed() -> None:
+            flush()
+            if connection.transport.is_closing():
+                client.ask()  # it is in the kernel at once, and the socket is still open
+
+        connection.flush = flush_and_be_crossed
+        client.send(frame(PING, 1, 0, client.pings[-1]))
+        await client.is_told()
+    assert client.goaways == [(5, 0)]
+
+
 @pytest.mark.parametrize("size", [3, 9, 12, 40])
 async def test_part_of_a_head_behind_an_answer_is_waited_for(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is complete, it is answered."""

@@ -23,7 +23,7 @@ from tests.integration import examples
 from tests.integration.conftest import program
 from tests.integration.loading import load
 
-ROUNDS = 20
+ROUNDS = 8
 CLIENTS = 2  # of each kind
 COMMAND = "python -m aioserve app:app --host"
 

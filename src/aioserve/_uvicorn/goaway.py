@@ -102,7 +102,7 @@ class ClosingHTTP2State(ClosingState):
 
     def all_is_read(self) -> None:
         """Whatever has arrived is handled: also that a client has cancelled its last stream, or takes more data."""
-        if self.has_answered and not self._connection.cycles:
+        if (self.has_answered or self.has_acknowledged) and not self._connection.cycles:
             self._observer.progress_made(self._connection)
 
 
