@@ -104,9 +104,8 @@ def portable(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """What needs programs that pip does not install; `.ci/run` does."""
     session.install(*NEWEST, "-e", ".[integration]")
-    session.run(
-        "python", "-m", "pytest", "-n", "3", "--durations", "40", "--integration", "tests/integration", *session.posargs
-    )
+    options = ["-n", "3", "--durations", "10", "--integration", "tests/integration"]
+    session.run("python", "-m", "pytest", *options, *session.posargs)
 
 
 @nox.session
