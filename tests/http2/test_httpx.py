@@ -89,4 +89,4 @@ async def test_httpx_that_sends_one_request_after_the_other_loses_none(ways: Any
     await server.wait_closed()
     assert app.count == answered + 5
     if drain_delay:
-        assert answered > 0
+        assert answered > 1  # without a drain, only the one for which the connection is still open
