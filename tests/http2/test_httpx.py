@@ -72,7 +72,7 @@ async def test_httpx_that_has_just_sent_its_requests_is_answered(
     assert answered == app.count - 1
 
 
-@pytest.mark.parametrize("drain_delay", [0, 2 * MOMENT])
+@pytest.mark.parametrize("drain_delay", [0, 10 * MOMENT])
 async def test_httpx_that_sends_one_request_after_the_other_loses_none(ways: Any, drain_delay: float) -> None:
     """Until nobody listens any more."""
     app = StreamApp()
@@ -89,4 +89,4 @@ async def test_httpx_that_sends_one_request_after_the_other_loses_none(ways: Any
     await server.wait_closed()
     assert app.count == answered + 5
     if drain_delay:
-        assert answered > 1  # without a drain, only the one for which the connection is still open
+        assert answered > 5

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # each Protocol takes a tenth of a millisecond at the import
     class Heads(Protocol):
         """What looks for clients that take too long to send the head of a request."""
 
-        interval: float  # seconds between two looks
+        interval: float
+        """Seconds between two looks."""
 
         def look(self, connections: Iterable[Any]) -> None: ...
         def forget(self, connection: Any) -> None: ...
