@@ -9,7 +9,7 @@ import gc
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from aioserve import _limits
 from aioserve._net import transports
+from aioserve._net.acceptor import acceptors
 from aioserve.testing import assert_nothing_left
 from tests.helpers import walk
 from tests.helpers.proactor import PortableLoop
@@ -172,6 +173,16 @@ def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the time that clients get which are still sending, for tests in which it passes."""
     monkeypatch.setattr(_limits, "LINGER", 0.05)
     monkeypatch.setattr(_limits, "LINGER_LONGEST", 0.05)
+
+
+@pytest.fixture
+def forget_loops() -> Iterator[Callable[[], None]]:
+    """Let no loop have been tried, not even asyncio's, until the end of the test; call it to forget them again."""
+    before = acceptors.copy()
+    acceptors.clear()
+    yield acceptors.clear
+    acceptors.clear()
+    acceptors.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -247,14 +247,14 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
             from aioserve._net.loops import choose_acceptor  # only for other loops than asyncio's
 
             acceptor = await choose_acceptor(tls=has_tls)
+            if signals.first is not None:
+                raise interrupted(signals)
         server = Server(Engine(settings, listeners, acceptor))
         server._engine.start()
     except BaseException as exc:
         for listener in listeners:
             listener.close()
-        if isinstance(exc, Interrupted):
-            raise interrupted(signals) from None
-        if isinstance(exc, StartupError) and signals.first is not None:
+        if isinstance(exc, (Interrupted, StartupError)) and signals.first is not None:
             raise interrupted(signals) from None
         raise
     await wait_started(server, signals)
@@ -280,7 +280,9 @@ async def bind(settings: Settings, signals: Signals) -> list[Listener]:
         return await settings.bind()
     async with InterruptScope() as scope:
         signals.on_signal(scope.interrupt)
-        return await settings.bind()
+        listeners = await settings.bind()
+        signals.on_signal(None)
+        return listeners
     raise interrupted(signals)
 
 

@@ -58,6 +58,7 @@ class Signals:
     latest: str | None = None
     count: int = 0  # how many have come; without SIGHUP, which a terminal that closes may send twice
     is_interrupting: bool = False  # whether a signal is to raise `Interrupted`
+    _is_missed: bool = False  # whether one came when there was no action
     _loop: asyncio.AbstractEventLoop
     _pid: int
     _action: Callable[[], object] | None = None
@@ -91,8 +92,11 @@ class Signals:
             raise
 
     def on_signal(self, action: Callable[[], object] | None) -> None:
-        """Set what the loop does at each signal from now on."""
+        """Set what the loop does at each signal from now on, and soon if one has come when there was nothing to do."""
         self._action = action
+        if action is not None and self._is_missed:
+            self._is_missed = False
+            self._loop.call_soon(self._act)
 
     def __enter__(self) -> None:
         """Make signals raise `Interrupted` in the block, for code that blocks the loop; at once if one has come."""
@@ -205,7 +209,9 @@ class Signals:
         self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
 
     def _act(self) -> None:
-        if self._action is not None:
+        if self._action is None:
+            self._is_missed = True
+        else:
             self._action()
 
 

@@ -240,6 +240,35 @@ async def test_stop_signal_can_come_at_every_turn(way: str, apart: int | None, r
 
 
 @pytest.mark.usefixtures("sigusr1")
+async def test_stop_signal_can_come_while_the_loop_is_tried(
+    way: str, forget_loops: Callable[[], None], record_property: Record
+) -> None:
+    """At every turn of the first start on a loop; the start is given up, and no cancellation comes out."""
+
+    async def come(run: Run, turn: int) -> bool:
+        forget_loops()
+        return await undisturbed(run, turn, partial(signal.raise_signal, signal.SIGUSR1), stopped_by_signal)
+
+    make = partial(Run, way, stop_on_signals=[signal.SIGUSR1])
+    record_property("points", await walk(make, come, step=1))  # the trial takes few turns
+
+
+@pytest.mark.parametrize("interrupt", [natively, by_scope], ids=lambda each: each.__name__)
+async def test_start_can_be_cancelled_while_the_loop_is_tried(
+    way: str, interrupt: Interruption, forget_loops: Callable[[], None], record_property: Record
+) -> None:
+    """As at every other turn."""
+    if way == GROUP and not ANYIO_TELLS_THEM_APART:
+        pytest.skip("before anyio 4.16, a group could take a native cancellation for its own")
+
+    async def cancel(run: Run, turn: int) -> bool:
+        forget_loops()
+        return await interrupt(run, turn)
+
+    record_property("points", await walk(partial(Run, way), cancel, step=1))
+
+
+@pytest.mark.usefixtures("sigusr1")
 @pytest.mark.parametrize("apart", [-4, -1, *APART])
 @pytest.mark.parametrize("scoped", [False, True], ids=["natively", "by a scope"])
 async def test_cancellation_wins_over_a_stop_signal_at_every_turn(

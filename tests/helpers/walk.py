@@ -221,10 +221,14 @@ Interruption: TypeAlias = Callable[[Run, int], Awaitable[bool]]
 """Interrupts a run in a turn, waits for its end, checks it; returns whether that turn came before its end."""
 
 
-async def walk(make: Callable[[], Run], interrupt: Interruption) -> int:
-    """Interrupt one run after the other, each a turn later, until one is over before; return the number of points."""
+async def walk(make: Callable[[], Run], interrupt: Interruption, *, step: int | None = None) -> int:
+    """
+    Interrupt one run after the other, each some turns later, until one is over before; return the number of points.
+
+    The step is that of the option `--every`, unless it is given.
+    """
     await make().block()  # uvloop opens some descriptors of its own when it first needs them
-    for points, turn in enumerate(itertools.count(step=every)):
+    for points, turn in enumerate(itertools.count(step=step or every)):
         before = what_lives()
         run = make()
         interrupted = await interrupt(run, turn)

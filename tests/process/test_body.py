@@ -19,7 +19,10 @@ from aioserve import (
     StartupInterruptedError,
     serving_process,
 )
+from aioserve._net.acceptor import Acceptor
+from aioserve._net.loops import choose_acceptor
 from tests.helpers.processes import TALKING, get, is_free, linux_only
+from tests.helpers.turns import turns
 
 pytestmark = linux_only
 
@@ -158,5 +161,24 @@ async def test_stop_on_signals_handles_signals_of_the_parent(when: str) -> None:
                 async with serving_process("tests.helpers.children:hanging", stop_on_signals=[signal.SIGUSR1]):
                     raise AssertionError("the body ran")
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+async def test_stop_signal_before_the_address_is_bound_gives_the_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only when the app, which hangs, has started."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    async def choosing() -> type[Acceptor]:
+        signal.raise_signal(signal.SIGUSR1)
+        await turns()
+        return await choose_acceptor()
+
+    monkeypatch.setattr("aioserve._process.parent.choose_acceptor", choosing)
+    options: Any = {"stop_on_signals": [signal.SIGUSR1], "startup_timeout": 5}
+    try:
+        with pytest.raises(StartupInterruptedError, match="SIGUSR1 stopped the server"):
+            async with serving_process("tests.helpers.children:hanging", **options):
+                raise AssertionError("the body ran")
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from websockets.asyncio.client import connect as connect_websocket
 
 from aioserve import Server, serving
 from aioserve._net import loops
-from aioserve._net.acceptor import Acceptor, acceptors
+from aioserve._net.acceptor import Acceptor
 from aioserve._net.loops import choose_acceptor
 from aioserve._net.portable import PortableAcceptor
 from aioserve.testing.leaks import open_descriptors
@@ -50,16 +50,6 @@ def on(*makes: Callable[[], asyncio.AbstractEventLoop]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("anyio_backend", backends, ids=ids)
 
 
-@pytest.fixture
-def untried() -> Iterator[None]:
-    """Let no loop have been tried, not even asyncio's."""
-    before = acceptors.copy()
-    acceptors.clear()
-    yield
-    acceptors.clear()
-    acceptors.update(before)
-
-
 async def never(server: Server) -> None:
     """A body that must not run."""
     raise AssertionError("the body ran")
@@ -70,17 +60,17 @@ async def never(server: Server) -> None:
 
 @on(asyncio.SelectorEventLoop, LOOPS.get("eager", {}).get("loop_factory", asyncio.new_event_loop), uvloop.Loop)
 @pytest.mark.parametrize("tls", [False, True])
-async def test_loop_that_can_watch_sockets_lets_us_accept(untried: None, tls: bool) -> None:
+async def test_loop_that_can_watch_sockets_lets_us_accept(forget_loops: Callable[[], None], tls: bool) -> None:
     assert await choose_acceptor(tls=tls) is Acceptor
 
 
 @on(PortableLoop, WithoutReaders)
 @pytest.mark.parametrize("tls", [False, True])
-async def test_loop_that_can_not_accepts_itself(untried: None, tls: bool) -> None:
+async def test_loop_that_can_not_accepts_itself(forget_loops: Callable[[], None], tls: bool) -> None:
     assert await choose_acceptor(tls=tls) is PortableAcceptor
 
 
-async def test_class_of_loops_is_tried_once(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_class_of_loops_is_tried_once(forget_loops: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """And once more for TLS, which a server without it does not need."""
     tried: list[bool] = []
     try_readers = loops._try_readers
@@ -110,7 +100,9 @@ ALL += [WithoutTLS, WithoutReadersAndTLS, WithFixedProtocols]
 
 @on(*ALL)
 @pytest.mark.parametrize("tls", [False, True])
-async def test_trial_leaves_no_descriptor(untried: None, tls: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_trial_leaves_no_descriptor(
+    forget_loops: Callable[[], None], tls: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nor does the loop report an error; also where the loop is refused."""
     before = open_descriptors()
     try:
@@ -122,7 +114,9 @@ async def test_trial_leaves_no_descriptor(untried: None, tls: bool, caplog: pyte
 
 
 @on(*ALL)
-async def test_trial_that_is_cancelled_leaves_no_descriptor(untried: None, caplog: pytest.LogCaptureFixture) -> None:
+async def test_trial_that_is_cancelled_leaves_no_descriptor(
+    forget_loops: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
     """At each of its turns."""
     before = open_descriptors()
     for count in range(20):
@@ -132,7 +126,7 @@ async def test_trial_that_is_cancelled_leaves_no_descriptor(untried: None, caplo
         await asyncio.wait({trying})
         await turns()
         assert open_descriptors() == before, count
-        acceptors.clear()
+        forget_loops()
     assert caplog.records == []
 
 

@@ -1,6 +1,4 @@
-"""
-Which acceptor a loop needs.
-"""
+"""Which acceptor a loop needs."""
 
 from __future__ import annotations
 

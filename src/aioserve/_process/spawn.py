@@ -1,6 +1,4 @@
-"""
-Starts the child process of `serving_process()`.
-"""
+"""Starts the child process of `serving_process()`."""
 
 from __future__ import annotations
 
