@@ -67,7 +67,6 @@ class Connections:
             backlog=config.backlog,
             on_change=condition.notify,
         )
-        self.acceptor.handlers = self.state.tasks
         self._condition, self._loop = condition, condition.loop
         self._has_tls = config.ssl is not None
         self._closer = Closer(self.acceptor, has_tls=self._has_tls, on_change=condition.notify)
@@ -81,14 +80,15 @@ class Connections:
     # Questions.
 
     def is_settled(self) -> bool:
-        """Whether all that has arrived has been read, and has reached its handler."""
-        are_made = not (self.acceptor.pending or self.acceptor.has_rest)
+        """Whether all that has arrived has been read, and has reached its handler; `False` if nobody knows."""
+        are_made = not (self.acceptor.pending or self.acceptor.has_rest or self.acceptor.is_portable)
         return are_made and all(map(self._is_settled, self.state.connections))
 
     def _is_settled(self, connection: Any) -> bool:
+        if connection.transport.is_closing():
+            return True
         is_handled = protocols.connection_state(connection) in ("idle", "busy")
-        is_read = not (protocols.is_http(connection) and self._closer.unread(connection))
-        return connection.transport.is_closing() or (is_handled and is_read)
+        return is_handled and not (protocols.is_http(connection) and self._closer.unread(connection))
 
     def is_finished(self) -> bool:
         return not self.state.connections and not self._closer.lingering and self._is_idle()
@@ -195,7 +195,9 @@ class Connections:
 
     def abort_connections(self) -> int:
         self._closer.drop()
-        aborted = self.acceptor.drop_pending() + self.acceptor.lose_rest()
+        for task in self.acceptor.pending:
+            task.cancel()
+        aborted = len(self.acceptor.pending) + self.acceptor.lose_rest()
         for connection in list(self.state.connections):
             if not self._closer.close_partial(connection):
                 self._closer.abort(connection)

@@ -26,6 +26,7 @@ from aioserve._lifespan import Lifespan
 from aioserve._log import logger, uvicorn_logger
 from aioserve._net.acceptor import Acceptor
 from aioserve._net.listeners import Listener
+from aioserve._report import Report
 from aioserve._server_task import ServerTask
 from aioserve._settings import Settings
 from aioserve._shutdown import Shutdown
@@ -44,6 +45,8 @@ class Engine(ServerTask):
     """Called at the end, before `closed` is set."""
     is_crashed: bool = False
     _watchdog: asyncio.TimerHandle | None = None
+    error: BaseException | None = None
+    report: Report | None = None
 
     def __init__(self, settings: Settings, listeners: Sequence[Listener], acceptor: type[Acceptor]) -> None:
         config = settings.config

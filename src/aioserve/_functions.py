@@ -1,6 +1,4 @@
-"""
-Signatures and docstrings of the functions that serve, for editors and `help()`; errors where a block is misused.
-"""
+"""Signatures and docstrings of the functions that serve, for editors and `help()`; errors where a block is misused."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class _Call:
                     if self._closing is not None:
                         await self._closing
                     elif error is None and self._disconnected and self._is_open and is_event_stream(self.scope):
-                        await self._end_stream()
+                        await self._send_last(self._send({"type": "http.response.body", "body": b""}))
                 finally:
                     self._until_cancelled = None
                 # An app may send to a client that has gone, as with any server.
@@ -262,12 +262,6 @@ class _Call:
         self._closing = self.task.get_loop().create_task(sending_last, name="aioserve websocket")
         self.disconnect()
 
-    async def _end_stream(self) -> None:
-        try:
-            await self._send({"type": "http.response.body", "body": b""})
-        except Exception as exc:  # noqa: BLE001 (it has said how long it is, and is shorter)
-            logger.debug("a stream could not be ended: %s", describe_error(exc))
-
     def disconnect(self) -> None:
         """Let `receive()` say that the client has gone; `send()` works as before."""
         self._disconnected = True
@@ -283,8 +277,8 @@ class _Call:
     async def _send_last(self, sending: Awaitable[None]) -> None:
         try:
             await sending
-        except Exception as exc:  # noqa: BLE001 (each server raises its own for a client that has gone)
-            logger.debug("a WebSocket could not be closed: %s", describe_error(exc))
+        except Exception as exc:  # noqa: BLE001 (each server has its own for a client that is gone, or too short a body)
+            logger.debug("a stream or a WebSocket could not be ended: %s", describe_error(exc))
 
     async def _refuse(self) -> None:
         """Send a response with 503, or 403 for a WebSocket where the server knows no other."""

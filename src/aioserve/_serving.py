@@ -229,7 +229,7 @@ async def serve(app: App, *, task_status: TaskStatus[Server] | None = None, **op
                 task_status.started(server)
             await server.wait_closed()
     except StartupInterruptedError:
-        if not context.was_signalled() or task_status is not None:
+        if task_status is not None or context._signals is None or context._signals.first is None:
             raise
 
 
@@ -373,10 +373,6 @@ class ServingContext(AsyncBlock, Generic[Handle]):
                 self._server.url,
             )
             self._server.close()
-
-    def was_signalled(self) -> bool:
-        """Whether a signal has come that was to end the block."""
-        return self._signals is not None and self._signals.first is not None
 
 
 def check_loop() -> None:

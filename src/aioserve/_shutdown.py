@@ -17,7 +17,8 @@ compares them.
 
 So a request that had reached this machine is answered, and an idle connection is never waited for. Each wait ends with
 an event or at its limit; only `shutdown_timeout=None` has no limit. A stop that is forced (`Condition.force()`) waits
-only for what it has cancelled. Most stops of an idle server need no timer.
+only for what it has cancelled. Most stops of an idle server need no timer. With requests in flight, and if nothing is
+unread, "finish" begins while the last connections are still being accepted.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Shutdown:
     is_expired: bool = False
     """Whether the deadline of a `close()` is over."""
 
+    _has_time: bool | None = None  # to close others before the listeners; `None` until no new connection can begin
     _has_stopped_accepting: bool = False
     _event: anyio.Event | None = None
     _deadline: float | None = None
@@ -84,7 +86,9 @@ class Shutdown:
             # Where tasks start eagerly, a task can be inside any call of a protocol, and must not close it there.
             if begin and not (settings.drain_delay or settings.config.ssl or self._loop.get_task_factory()):
                 try:
-                    self._stop_accepting()
+                    self._refuse_new()
+                    if not self._has_time:
+                        self._stop_accepting()
                 except Exception as exc:  # noqa: BLE001 (it is raised at the end)
                     self.failure = exc
             self._connections.announce_close()
@@ -131,7 +135,12 @@ class Shutdown:
                 lambda: self.is_expired or self._lifespan.crashed, self._settings.drain_delay
             )
 
+        if self._has_time is None:
+            self._refuse_new()
         if not self._has_stopped_accepting:
+            if self._has_time and self._connections.is_settled():
+                self._connections.close_unneeded()
+                await self._condition.turns(1)
             self._stop_accepting()
         advice = _SIGNAL_FORCES if self._settings.stop_on_signals else _CTRL_C_FORCES
         slow_stop = SlowStop(self._condition, self._name, advice)
@@ -146,10 +155,14 @@ class Shutdown:
         report.lifespan_stuck = self._lifespan.is_stuck
         return report, error
 
-    def _stop_accepting(self) -> None:
-        """Stop accepting, and close what is idle, which needs no waiting."""
-        self._connections.acceptor.close()
+    def _refuse_new(self) -> None:
+        """Let no connection begin, and close what is idle, which needs no waiting."""
+        self._has_time = self._connections.acceptor.refuse_new(has_clients=bool(self._connections.handlers()))
         self._connections.close_idle()
+
+    def _stop_accepting(self) -> None:
+        """Accept the connections that have begun, and then no more."""
+        self._connections.acceptor.close()
         if self._connections.needs_no_app():
             self._lifespan.request_shutdown()
         self._has_stopped_accepting = True

@@ -188,11 +188,6 @@ class Signals:
             if not any(each.attached() for each in _HANDLERS):
                 _Wakeup.unset()
 
-    @property
-    def is_detached(self) -> bool:
-        """Whether no signal can reach it any more: its loop is closed, or this is a fork of its process."""
-        return self._loop.is_closed() or self._pid != os.getpid()
-
     def record(self, signum: int) -> None:
         """Record a signal, in its handler."""
         self.count += signum != SIGHUP
@@ -209,9 +204,8 @@ class Signals:
         self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
 
     def _act(self) -> None:
-        if self._action is None:
-            self._is_missed = True
-        else:
+        self._is_missed = self._action is None
+        if self._action is not None:
             self._action()
 
 
@@ -255,7 +249,8 @@ class _Handler:
             signal.signal(signum, ours)
 
     def attached(self) -> list[Signals]:
-        return [each for each in self.users if not each.is_detached]
+        """Return those of its users that a signal can reach: not where the loop is closed, or in a fork."""
+        return [each for each in self.users if not each._loop.is_closed() and each._pid == os.getpid()]
 
     def __repr__(self) -> str:
         return f"<aioserve's handler for {signal_name(self.signum)}>"

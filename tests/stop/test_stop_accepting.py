@@ -10,16 +10,18 @@ import contextvars
 import errno
 import socket
 import sys
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aioserve import _limits, serving, start
+from aioserve import Server, _limits, serving, start
 from aioserve._net import acceptor
 from tests.helpers import not_portable
-from tests.helpers.apps import App
-from tests.helpers.clients import BURST, burst, connect, count_answers
+from tests.helpers.apps import App, Receive, Scope, Send, without_lifespan
+from tests.helpers.clients import BURST, UPGRADE, burst, connect, count_answers
 from tests.helpers.turns import MOMENT, turns
 
 pytestmark = pytest.mark.usefixtures("short_grace")
@@ -41,6 +43,76 @@ async def test_requests_in_the_accept_queue_are_answered(how: str) -> None:
                 server.close()
                 await server.wait_closed()
         assert count_answers(clients) == BURST
+
+
+STREAM = b"GET / HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n"
+
+
+async def stream_or_websocket(scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a part of a stream, or accept a WebSocket, and wait for the disconnect."""
+    if scope["type"] == "lifespan":
+        await without_lifespan(scope, receive, send)
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    else:
+        await receive()
+        await send({"type": "websocket.accept"})
+    while not (await receive())["type"].endswith("disconnect"):
+        pass
+
+
+def when_it_sleeps(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Call a function where the loop is blocked until the kernel has completed the last handshakes."""
+    monkeypatch.setattr(_limits, "LAST_HANDSHAKES", 10.0)
+    monkeypatch.setattr(acceptor, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: act()))
+
+
+@pytest.mark.parametrize("ask", [Server.aclose, Server.close])
+@not_portable.loop_accepts
+async def test_websockets_and_streams_end_before_the_last_handshakes_are_waited_for(
+    ask: Callable[[Server], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So their clients can close meanwhile, and a stop with them takes no longer for that."""
+    loop = asyncio.get_running_loop()
+    seen: list[bytes] = []
+    async with serving(stream_or_websocket) as server, contextlib.AsyncExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(2)]
+        for client, request, answer in zip(clients, (UPGRADE, STREAM), (b"\r\n\r\n", b"begun\r\n"), strict=True):
+            client.setblocking(False)
+            await loop.sock_sendall(client, request)
+            received = b""
+            while not received.endswith(answer):
+                received += await loop.sock_recv(client, 1000)
+        when_it_sleeps(monkeypatch, lambda: seen.extend(client.recv(100) for client in clients))
+        if (closing := ask(server)) is not None:
+            await closing
+        await server.wait_closed()
+    assert seen == [b"\x88\x02\x03\xf4", b"0\r\n\r\n"]  # 1012, and the last chunk
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nothing keeps a client from coming there")
+@not_portable.loop_accepts
+async def test_shared_port_closes_as_soon_as_it_refuses_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that comes between tries again only after a second, so streams and WebSockets are closed behind it."""
+    later: list[str] = []
+    end_new_connections = acceptor._end_new_connections
+
+    def end(listening: Any) -> bool:
+        asyncio.get_running_loop().call_soon(later.append, "turn")
+        return end_new_connections(listening)
+
+    app = App()
+    server = await start(app, reuse_port=True)
+    async with connect(server) as connection:
+        connection.ask("/hold")
+        await app.holding.wait()
+        monkeypatch.setattr(acceptor, "_end_new_connections", end)
+        when_it_sleeps(monkeypatch, lambda: later.append("sleep"))
+        asyncio.get_running_loop().call_soon(app.release.set)
+        await server.aclose()
+        assert (await connection.rest()).endswith(b"hello")
+    assert later[:2] == ["sleep", "turn"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nothing keeps a client from coming there")

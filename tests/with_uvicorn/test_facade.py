@@ -190,10 +190,10 @@ async def test_bug_in_the_stop_is_raised_and_frees_the_port(monkeypatch: pytest.
 async def test_bug_in_the_beginning_of_the_stop_is_raised_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is ended as always."""
 
-    stop_accepting = Shutdown._stop_accepting
+    refuse_new = Shutdown._refuse_new
 
     def broken(shutdown: Any) -> None:
-        monkeypatch.setattr(Shutdown, "_stop_accepting", stop_accepting)
+        monkeypatch.setattr(Shutdown, "_refuse_new", refuse_new)
         raise ZeroDivisionError
 
     app = App()
@@ -201,7 +201,7 @@ async def test_bug_in_the_beginning_of_the_stop_is_raised_at_the_end(monkeypatch
     async with connect(server) as connection:
         connection.ask("/hold")
         await app.holding.wait()
-        monkeypatch.setattr(Shutdown, "_stop_accepting", broken)
+        monkeypatch.setattr(Shutdown, "_refuse_new", broken)
         asyncio.get_running_loop().call_soon(app.release.set)
         with pytest.raises(ServerCrashedError, match="failed to stop accepting: ZeroDivisionError"):
             await server.aclose()

@@ -18,7 +18,7 @@ import struct
 import sys
 import time
 from array import array
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,8 @@ class Acceptor:
     """Whether the loop can watch no sockets of ours; then nobody knows what has arrived and is not read yet."""
     has_rest: bool = False
     """Whether connections wait in the queues of sockets that are about to close."""
-    handlers: Collection[object] = ()  # of the requests in flight
     _watch: type[FlushWatch] = FlushWatch
+    _handshakes_until: float = 0.0  # when those are complete that had begun when no new ones could
 
     def __init__(
         self,
@@ -73,7 +73,6 @@ class Acceptor:
         self._backlog, self._on_change = backlog, on_change
         self._accepted_in: int | None = None  # the process that has accepted a connection, if any has come
         self._handshakes: dict[asyncio.Task[Any], asyncio.Transport] = {}
-        self._context: contextvars.Context
         self._retries: dict[Listener, asyncio.TimerHandle] = {}
 
     def is_serving(self) -> bool:
@@ -95,12 +94,21 @@ class Acceptor:
         # By its number: for a socket that it does not know, a selector builds an error message that nobody reads.
         self._loop.add_reader(listener.socket.fileno(), self._accept, listener)
 
+    def refuse_new(self, *, has_clients: bool) -> bool:
+        """Let no connection begin, as far as the system can; return whether `close()` can come a turn later."""
+        if self._accepted_in != os.getpid():
+            return False  # nothing has come, or this is a fork of the process that has accepted something
+        tcp = [each.socket for each in self._listeners if not each.lent and each.path is None]
+        is_shared = _end_new_connections(tcp)
+        if has_clients or is_shared:  # elsewhere, hardly anybody connects
+            self._handshakes_until = time.monotonic() + _limits.LAST_HANDSHAKES
+        return has_clients and not is_shared
+
     def close(self) -> None:
         """
-        Accept what waits in the kernel's queue, and then nothing more.
+        Accept what waits in the kernel's queue (that of a lent socket is left to its next user), and then nothing more.
 
-        The queue of a lent socket is left to the socket's next user. Where no descriptor is left, `has_rest` is true,
-        and `accept_rest()` tries again.
+        Where no descriptor is left, `has_rest` is true, and `accept_rest()` tries again.
         """
         was_serving, self._serving = self._serving, False
         if was_serving and not self._loop.is_closed():
@@ -114,12 +122,10 @@ class Acceptor:
         self._accept_last()
 
     def _accept_last(self) -> None:
-        self._is_used = self._accepted_in == os.getpid()  # not in a fork of the process that has accepted something
         for listener in self._listeners:
             listener.remove_file()
-        if self._is_used:
-            tcp = [each.socket for each in self._listeners if not each.lent and each.path is None]
-            _end_new_connections(tcp, has_clients=bool(self.handlers))
+        if self._handshakes_until and (left := self._handshakes_until - time.monotonic()) > 0:
+            time.sleep(left)
         for retry in self._retries.values():
             retry.cancel()
         self.has_rest = True
@@ -129,14 +135,14 @@ class Acceptor:
 
     def accept_rest(self) -> None:
         """Accept what waits in the queues of our own sockets, and close each one whose queue is empty."""
-        before = len(self._listeners) + 1
+        before, is_used = len(self._listeners) + 1, self._accepted_in == os.getpid()
         while self.has_rest and len(self._listeners) < before:  # one that was closed has left its descriptor
             before = len(self._listeners)
             for listener in list(self._listeners):
                 can_accept = not listener.lent and _is_readable(listener.socket) and self._loop.is_running()
                 if can_accept and not self._context.run(self._accept, listener):
                     continue
-                if self._is_used and not listener.lent:
+                if is_used and not listener.lent:
                     _refuse_connections(listener.socket)
                 listener.close()
                 self._listeners.remove(listener)
@@ -156,12 +162,6 @@ class Acceptor:
         return lost
 
     async def wait_closed(self) -> None: ...  # `close()` leaves nothing to wait for
-
-    def drop_pending(self) -> int:
-        """Drop the connections that are still being made, and return how many these are."""
-        for task in self.pending:
-            task.cancel()
-        return len(self.pending)
 
     def drop_silent(self, seconds: float) -> float:
         """
@@ -201,8 +201,7 @@ class Acceptor:
     def forget(self, transport: asyncio.BaseTransport) -> None:
         """Forget a connection that is gone."""
         self._raw_transports.pop(transport, None)
-        watch = self._flush_watches.pop(transport, None)
-        if watch is not None:
+        if (watch := self._flush_watches.pop(transport, None)) is not None:
             watch.stop()
 
     def _accept(self, listener: Listener) -> bool:
@@ -230,11 +229,11 @@ class Acceptor:
             connection.setblocking(False)
             if connection.proto != socket.IPPROTO_TCP:
                 send_without_delay(connection)
-            making: Coroutine[Any, Any, object] = (
-                self._loop.connect_accepted_socket(self._make_protocol, connection)
-                if self._ssl is None
-                else self._connect_tls(connection, self._ssl)
-            )
+            making: Coroutine[Any, Any, object]
+            if self._ssl is None:
+                making = self._loop.connect_accepted_socket(self._make_protocol, connection)
+            else:
+                making = self._connect_tls(connection, self._ssl)
             try:
                 self._begin(making)
             except BaseException:  # raised by a task factory
@@ -268,10 +267,9 @@ class Acceptor:
                 return  # this is garbage, and asyncio has tried to call the loop
             raw.abort()
             raise
-        if handshake.is_lost:
-            return  # the client is gone
-        self._raw_transports[transport] = raw
-        handshake.complete(transport, self._make_protocol())
+        if not handshake.is_lost:
+            self._raw_transports[transport] = raw
+            handshake.complete(transport, self._make_protocol())
 
     def _made(self, task: asyncio.Task[object]) -> None:
         self.pending.discard(task)
@@ -321,25 +319,24 @@ _NO_SYN = array("B", struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06
 _NO_SYN_FILTER = struct.pack("HP", 4, _NO_SYN.buffer_info()[0])  # the number of instructions, and where they are
 
 
-def _end_new_connections(listening: Iterable[socket.socket], *, has_clients: bool) -> None:
+def _end_new_connections(listening: Iterable[socket.socket]) -> bool:
     """
     Let no new connection begin, so that none comes between the last look at the queue and the close, which resets it.
 
     On Linux, and for TCP: a socket that is bound to no interface that exists is not found by new clients, which are
     refused, or reach another socket on the port. Only among sockets that share their port (SO_REUSEPORT), the kernel
-    may choose it nevertheless, so there a filter drops the SYN of a client, which tries again after a second.
+    may choose it nevertheless: then a filter drops a client's SYN, which comes again a second later. Return whether so.
 
-    On another processor, a handshake may be under way, for some microseconds of which the kernel does not tell. That is
-    waited for where requests are in flight, or the port is shared; elsewhere, hardly anybody connects.
+    On another processor, a handshake may be under way, for some microseconds of which the kernel does not tell.
     """
+    shares_port = False
     if sys.platform == "linux":
         for sock in listening:
             is_shared = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) != 0
-            has_clients = has_clients or is_shared
+            shares_port = shares_port or is_shared
             if is_shared or not _set(sock, _SO_BINDTOIFINDEX, _NO_INTERFACE):
                 _set(sock, _SO_ATTACH_FILTER, _NO_SYN_FILTER)
-    if has_clients:
-        time.sleep(_limits.LAST_HANDSHAKES)
+    return shares_port
 
 
 def _set(sock: socket.socket, option: int, value: Any) -> bool:
