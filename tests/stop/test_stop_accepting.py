@@ -92,9 +92,16 @@ async def test_websockets_and_streams_end_before_the_last_handshakes_are_waited_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nothing keeps a client from coming there")
+@pytest.mark.parametrize("is_lent", [False, True])
 @not_portable.loop_accepts
-async def test_shared_port_closes_as_soon_as_it_refuses_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that comes between tries again only after a second, so streams and WebSockets are closed behind it."""
+async def test_shared_port_and_lent_socket_close_as_soon_as_new_clients_are_refused(
+    *, is_lent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Where a port is shared, a client that comes between tries again only after a second.
+
+    And who waits in the queue of a lent socket is left to its next user. So streams and WebSockets are closed later.
+    """
     later: list[str] = []
     end_new_connections = acceptor._end_new_connections
 
@@ -103,7 +110,9 @@ async def test_shared_port_closes_as_soon_as_it_refuses_clients(monkeypatch: pyt
         return end_new_connections(listening)
 
     app = App()
-    server = await start(app, reuse_port=True)
+    lent = socket.create_server(("127.0.0.1", 0))
+    options: dict[str, Any] = {"sockets": [lent]} if is_lent else {"reuse_port": True}
+    server = await start(app, **options)
     async with connect(server) as connection:
         connection.ask("/hold")
         await app.holding.wait()
@@ -112,6 +121,7 @@ async def test_shared_port_closes_as_soon_as_it_refuses_clients(monkeypatch: pyt
         asyncio.get_running_loop().call_soon(app.release.set)
         await server.aclose()
         assert (await connection.rest()).endswith(b"hello")
+    lent.close()
     assert later[:2] == ["sleep", "turn"]
 
 

@@ -102,7 +102,7 @@ class Acceptor:
         is_shared = _end_new_connections(tcp)
         if has_clients or is_shared:  # elsewhere, hardly anybody connects
             self._handshakes_until = time.monotonic() + _limits.LAST_HANDSHAKES
-        return has_clients and not is_shared
+        return has_clients and not (is_shared or any(listener.lent for listener in self._listeners))
 
     def close(self) -> None:
         """
