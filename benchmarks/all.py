@@ -11,6 +11,7 @@ It needs the extra `bench`, and wrk.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,8 @@ RUNS = {
 }
 SMALLER = {
     "many_servers-asyncio": ["--servers", "100"],
-    "fixtures": ["--tests", "100"],
+    "fixtures": ["--tests", "50"],
+    "idle-asyncio": ["--rounds", "1"],
     **{name: ["--rounds", "1"] for name in RUNS if name.startswith("throughput-")},
 }
 
@@ -53,13 +55,15 @@ def measure(folder: Path, rounds: int | None) -> list[str]:
     options = [] if rounds is None else ["--rounds", str(rounds)]
     commands = {name: [*run, "--json", str(folder / f"{name}.json")] for name, run in RUNS.items()}
 
+    environment = dict(os.environ)
     if rounds is not None:
+        environment["GRACE"] = "1"  # for peers that do not stop before it is over
         commands = {name: [*command, *options, *SMALLER.get(name, [])] for name, command in commands.items()}
     failed = []
     for name, (script, *rest) in commands.items():
         print(f"\n=== {name}", flush=True)
         began = time.perf_counter()
-        if subprocess.run([sys.executable, str(HERE / script), *rest], check=False).returncode:
+        if subprocess.run([sys.executable, str(HERE / script), *rest], env=environment, check=False).returncode:
             failed.append(name)
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)
     return failed

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, cast
 
 HOST = "127.0.0.1"
 BACKLOG = 2048
-GRACE = 3
+GRACE = int(os.environ.get("GRACE", "3"))
 KEEP_ALIVE = 75
 
 HELLO = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"
