@@ -85,10 +85,15 @@ class Connections:
         return are_made and all(map(self._is_settled, self.state.connections))
 
     def _is_settled(self, connection: Any) -> bool:
-        if connection.transport.is_closing():
-            return True
         is_handled = protocols.connection_state(connection) in ("idle", "busy")
-        return is_handled and not (protocols.is_http(connection) and self._closer.unread(connection))
+        is_read = not (protocols.is_http(connection) and self._closer.unread(connection))
+        return connection.transport.is_closing() or (is_handled and is_read)
+
+    def has_idle(self) -> bool:
+        """Whether an HTTP connection has no request; its next one may be on its way."""
+        return any(
+            protocols.is_http(each) and protocols.connection_state(each) != "busy" for each in self.state.connections
+        )
 
     def is_finished(self) -> bool:
         return not self.state.connections and not self._closer.lingering and self._is_idle()
@@ -125,8 +130,7 @@ class Connections:
         """
         Close idle HTTP connections whose clients do not owe a body; leave all others for `close_unneeded()`.
 
-        With TLS, leave all: the transport may hold data that nobody has processed; and so may the system, where nobody
-        knows.
+        With TLS, leave all: the transport may hold data that nobody has processed. The same where nobody knows.
         """
         self.state.look_no_more()
         if self._has_tls or self.acceptor.is_portable:
@@ -152,17 +156,12 @@ class Connections:
         for connection in list(self.state.connections):
             self._close_if_unneeded(connection)
 
-    def _accept_rest(self) -> None:
-        self.acceptor.accept_rest()
-        self._closer.watch_handshakes()
-
     def _close_if_unneeded(self, connection: Any, *, grace: float | None = None) -> None:
         if connection in self.state.connections:
             state = self._closer.close_if_unneeded(connection, grace=grace)
-            if state == "busy":
-                if self._closing:
-                    self._disconnect(connection)
-            elif state is not None:
+            if state == "busy" and self._closing:
+                self._disconnect(connection)
+            elif state not in ("busy", None):
                 self._soon.call(self._close_if_unneeded, connection)
 
     def disconnect_handlers(self) -> None:
@@ -242,7 +241,8 @@ class Connections:
         if self._announced or (self._has_http2 and is_http2(connection)):
             self._closer.removed(connection)
         if self.acceptor.has_rest:
-            self._loop.call_soon(self._accept_rest)  # when its descriptor is free
+            self._loop.call_soon(self.acceptor.accept_rest)  # when its descriptor is free
+            self._loop.call_soon(self._closer.watch_handshakes)
         if self._has_tls and connection.transport.is_closing():
             self.acceptor.forget(connection.transport)
         if self._closing:

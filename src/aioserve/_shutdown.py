@@ -17,8 +17,8 @@ compares them.
 
 So a request that had reached this machine is answered, and an idle connection is never waited for. Each wait ends with
 an event or at its limit; only `shutdown_timeout=None` has no limit. A stop that is forced (`Condition.force()`) waits
-only for what it has cancelled. Most stops of an idle server need no timer. With requests in flight, and if nothing is
-unread, "finish" begins while the last connections are still being accepted.
+only for what it has cancelled. Most stops of an idle server need no timer. If there are handlers, but nothing is idle
+or unread, "finish" begins while the last connections are still being accepted.
 """
 
 from __future__ import annotations
@@ -156,13 +156,14 @@ class Shutdown:
         return report, error
 
     def _refuse_new(self) -> None:
-        """Let no connection begin, and close what is idle, which needs no waiting."""
-        self._has_time = self._connections.acceptor.refuse_new(has_clients=bool(self._connections.handlers()))
-        self._connections.close_idle()
+        connections = self._connections
+        has_time = connections.acceptor.refuse_new(has_clients=bool(connections.handlers()))
+        self._has_time = has_time and not connections.has_idle()
 
     def _stop_accepting(self) -> None:
-        """Accept the connections that have begun, and then no more."""
+        """Stop accepting, and close what is idle: behind the wait for handshakes, in which the next requests come."""
         self._connections.acceptor.close()
+        self._connections.close_idle()
         if self._connections.needs_no_app():
             self._lifespan.request_shutdown()
         self._has_stopped_accepting = True

@@ -45,6 +45,7 @@ async def test_requests_in_the_accept_queue_are_answered(how: str) -> None:
         assert count_answers(clients) == BURST
 
 
+REQUEST = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n"
 STREAM = b"GET / HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n"
 
 
@@ -89,6 +90,35 @@ async def test_websockets_and_streams_end_before_the_last_handshakes_are_waited_
             await closing
         await server.wait_closed()
     assert seen == [b"\x88\x02\x03\xf4", b"0\r\n\r\n"]  # 1012, and the last chunk
+
+
+@pytest.mark.parametrize("ask", [Server.aclose, Server.close])
+@not_portable.loop_accepts
+async def test_request_on_an_idle_connection_is_answered_that_comes_while_handshakes_are_waited_for(
+    ask: Callable[[Server], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy client has its last answer, and is about to send its next request."""
+    app = App()
+    loop = asyncio.get_running_loop()
+    server = await start(app)
+    async with connect(server) as busy:
+        with socket.create_connection((server.host, server.port)) as idle:
+            idle.setblocking(False)
+            await loop.sock_sendall(idle, REQUEST)
+            while not (await loop.sock_recv(idle, 1000)).endswith(b"hello"):
+                pass
+            busy.ask("/hold")
+            await app.holding.wait()
+            when_it_sleeps(monkeypatch, lambda: idle.send(REQUEST))
+            loop.call_soon(app.release.set)
+            if (closing := ask(server)) is not None:
+                await closing
+            await server.wait_closed()
+            received = b""
+            while chunk := idle.recv(1000):
+                received += chunk
+        assert received.endswith(b"hello")
+        assert (await busy.rest()).endswith(b"hello")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nothing keeps a client from coming there")
