@@ -132,7 +132,6 @@ class Connections:
 
         With TLS, leave all: the transport may hold data that nobody has processed. The same where nobody knows.
         """
-        self.state.look_no_more()
         if self._has_tls or self.acceptor.is_portable:
             return
         for connection in list(self.state.connections):

@@ -159,11 +159,13 @@ class Shutdown:
         connections = self._connections
         has_time = connections.acceptor.refuse_new(has_clients=bool(connections.handlers()))
         self._has_time = has_time and not connections.has_idle()
+        connections.state.look_no_more()
 
     def _stop_accepting(self) -> None:
         """Stop accepting, and close what is idle: behind the wait for handshakes, in which the next requests come."""
         self._connections.acceptor.close()
-        self._connections.close_idle()
+        if not self._has_time:  # else none is idle, but those that have an answer since
+            self._connections.close_idle()
         if self._connections.needs_no_app():
             self._lifespan.request_shutdown()
         self._has_stopped_accepting = True
