@@ -3,7 +3,7 @@ The servers that are compared: each started and stopped in the running loop, in 
 
 All serve the same app (aiohttp its like), with a lifespan, on a free port of 127.0.0.1, with a backlog of 2048 and
 without logs. Each gives requests in flight `GRACE` seconds at its stop (but granian, which has no option for it), and
-idle connections more time than we have.
+idle connections more time than we have. The environment can set another `GRACE`, for a run that only tries the scripts.
 
 Each function below is called once, to import and to make what one server after another can share; what it returns is
 timed.

@@ -248,7 +248,7 @@ async def start_with(settings: Settings, signals: Signals, listeners: Sequence[L
 
             acceptor = await choose_acceptor(tls=has_tls)
             if signals.first is not None:
-                raise interrupted(signals)
+                raise Interrupted
         server = Server(Engine(settings, listeners, acceptor))
         server._engine.start()
     except BaseException as exc:

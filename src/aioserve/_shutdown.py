@@ -54,7 +54,7 @@ class Shutdown:
     is_expired: bool = False
     """Whether the deadline of a `close()` is over."""
 
-    _has_time: bool | None = None  # to close others before the listeners; `None` until no new connection can begin
+    _closes_first: bool | None = None  # WebSockets and streams, before the listeners; `None` until that is known
     _has_stopped_accepting: bool = False
     _event: anyio.Event | None = None
     _deadline: float | None = None
@@ -87,7 +87,7 @@ class Shutdown:
             if begin and not (settings.drain_delay or settings.config.ssl or self._loop.get_task_factory()):
                 try:
                     self._refuse_new()
-                    if not self._has_time:
+                    if not self._closes_first:
                         self._stop_accepting()
                 except Exception as exc:  # noqa: BLE001 (it is raised at the end)
                     self.failure = exc
@@ -135,10 +135,10 @@ class Shutdown:
                 lambda: self.is_expired or self._lifespan.crashed, self._settings.drain_delay
             )
 
-        if self._has_time is None:
+        if self._closes_first is None:
             self._refuse_new()
         if not self._has_stopped_accepting:
-            if self._has_time and self._connections.is_settled():
+            if self._closes_first and self._connections.is_settled():
                 self._connections.close_unneeded()
                 await self._condition.turns(1)
             self._stop_accepting()
@@ -157,14 +157,14 @@ class Shutdown:
 
     def _refuse_new(self) -> None:
         connections = self._connections
-        has_time = connections.acceptor.refuse_new(has_clients=bool(connections.handlers()))
-        self._has_time = has_time and not connections.has_idle()
+        can_wait = connections.acceptor.refuse_new(has_clients=bool(connections.handlers()))
+        self._closes_first = can_wait and not connections.has_idle()
         connections.state.look_no_more()
 
     def _stop_accepting(self) -> None:
-        """Stop accepting, and close what is idle: behind the wait for handshakes, in which the next requests come."""
+        """Stop accepting; then close what is idle, since clients send their next requests while handshakes end."""
         self._connections.acceptor.close()
-        if not self._has_time:  # else none is idle, but those that have an answer since
+        if not self._closes_first:  # else only those are idle that were answered since
             self._connections.close_idle()
         if self._connections.needs_no_app():
             self._lifespan.request_shutdown()

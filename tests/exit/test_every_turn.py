@@ -39,6 +39,12 @@ GROUP = "serve in a task group"
 # aioserve.
 ANYIO_TELLS_THEM_APART = tuple(map(int, version("anyio").split(".")[:2])) >= (4, 16)
 
+
+def skip_if_anyio_confuses_them(way: str) -> None:
+    if way == GROUP and not ANYIO_TELLS_THEM_APART:
+        pytest.skip("before anyio 4.16, a group could take a native cancellation for its own")
+
+
 # The number of turns between two interruptions of one run.
 APART = (0, 1, 2, 4, 7)
 
@@ -48,8 +54,7 @@ async def test_block_can_be_cancelled_once_at_every_turn(
     way: str, interrupt: Interruption, record_property: Record
 ) -> None:
     """The cancellation comes out, is counted once, and leaves nothing."""
-    if way == GROUP and not ANYIO_TELLS_THEM_APART:
-        pytest.skip("before anyio 4.16, a group could take a native cancellation for its own")
+    skip_if_anyio_confuses_them(way)
     record_property("points", await walk(partial(Run, way), interrupt))
 
 
@@ -258,8 +263,7 @@ async def test_start_can_be_cancelled_while_the_loop_is_tried(
     way: str, interrupt: Interruption, forget_loops: Callable[[], None], record_property: Record
 ) -> None:
     """As at every other turn."""
-    if way == GROUP and not ANYIO_TELLS_THEM_APART:
-        pytest.skip("before anyio 4.16, a group could take a native cancellation for its own")
+    skip_if_anyio_confuses_them(way)
 
     async def cancel(run: Run, turn: int) -> bool:
         forget_loops()

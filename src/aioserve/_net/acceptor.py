@@ -125,7 +125,7 @@ class Acceptor:
         for listener in self._listeners:
             listener.remove_file()
         if self._handshakes_until and (left := self._handshakes_until - time.monotonic()) > 0:
-            time.sleep(left)
+            time.sleep(left)  # no event tells of a handshake that the kernel has not completed
         for retry in self._retries.values():
             retry.cancel()
         self.has_rest = True
